@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from parley_protocol import limits
@@ -17,6 +18,11 @@ from parley_protocol.errors import MalformedError
 Value: TypeAlias = "int | bytes | str | bool | None | list[Value] | dict[str, Value] | dict[int, Value]"
 """What can be encoded: integers from -2^63 to 2^64-1, bytes, text, booleans, null, lists, and maps whose keys are all
 text or all non-negative integers."""
+
+Encodable: TypeAlias = (
+    "int | bytes | str | bool | None | Sequence[Encodable] | Mapping[str, Encodable] | Mapping[int, Encodable]"
+)
+"""`Value` for the type checker where it is only read; at run time lists and maps are `list` and `dict` and no other."""
 
 _UINT, _NINT, _BYTES, _TEXT, _ARRAY, _MAP = range(6)
 _FALSE, _TRUE, _NULL = 0xF4, 0xF5, 0xF6
@@ -32,7 +38,7 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
     return sha384(data)
 
 
-def encode(value: Value) -> bytes:
+def encode(value: Encodable) -> bytes:
     """The one encoding of `value`; MalformedError where it has a type or a size that cannot be encoded."""
     out = bytearray()
     _write(out, value, limits.CBOR_DEPTH)
