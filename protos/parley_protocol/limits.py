@@ -20,8 +20,8 @@ CBOR_INT_MAX: Final = (1 << 64) - 1
 
 # Framing of the enclave's channel
 
-MESSAGE_BYTES: Final = 4 << 20
-"""One protobuf message of the channel: a lineage of agreements with its signatures and a chain of records fit."""
+MESSAGE_BYTES: Final = 16 << 20
+"""One protobuf message of the channel: an agreement of the greatest size fits with its lineage and signatures."""
 PAYLOAD_BYTES: Final = 32 << 20
 """The raw payload beside it: the frames of one window of 17 parties (128 KiB a frame) fit several times."""
 
@@ -50,31 +50,39 @@ CLOCK_SKEW_MS: Final = 60 * 1000
 
 # Statements
 
-STATEMENT_BYTES: Final = 1 << 20
-"""One statement: the largest, a record of 1,024 members and 64 outputs, is a third of it."""
 NAME_BYTES: Final = 128
-"""One name, of a member, a table or an output: what fits a line of a terminal."""
+"""Names of members, tables, columns, outputs: long enough for people, short enough to show."""
 MEMBERS: Final = 1024
-"""Members of an agreement."""
+"""Members of an agreement: a roster of all of them is 300 kB, well within a statement."""
 TABLES: Final = 32
-"""Tables that one party brings."""
+"""Tables of an agreement."""
 OUTPUTS: Final = 64
 """Outputs of an agreement."""
 COLUMNS: Final = 256
 """Columns of a table or an output."""
 CELLS: Final = 100_000
-"""Rows of an output: one for every combination of declared values; a person reads thousands."""
+"""Rows of an output: every combination of declared values has one."""
+VERSIONS: Final = 64
+"""Versions of a series that one bundle or one enclave takes."""
 FORMER_ROSTERS: Final = 64
-"""Rosters that a party may have countersigned under one head before it gives the head up."""
-GROUPS: Final = 65_536
-"""Groups of a table: 2^30 rows at 16,384 rows each."""
-GROUP_ROWS: Final = (1024, 4096, 16_384)
-"""Rows of a group; the first two only in a table of one group, so that a small table stays small."""
+"""Rosters that a party may have signed before under one head; each distinct one is charged, so few are ever there."""
+GROUPS: Final = 1 << 16
+"""Groups of a table: a thousand million rows."""
+GROUP_ROWS: Final = (1024, 4096, 16384)
+"""Rows of a group. 16,384 rows of 8 bytes make frames that amortise a pull; small tables need not be padded to it."""
 SEALING_KEY_BYTES: Final = 1216
-"""A public key of MLKEM768_X25519: 1,184 bytes of ML-KEM-768 and 32 of X25519."""
+"""A public key of MLKEM768_X25519."""
 SEALED_KEYS_BYTES: Final = 4096
-"""The content keys and noise share of a join, sealed: 32 keys of 34 bytes and an encapsulation of 1,120."""
+"""What a join seals: the KEM's 1,120 bytes, a content key for each table, a noise share."""
+STATEMENT_BYTES: Final = 1 << 20
+"""One statement in its envelope."""
+AGREEMENT_BYTES: Final = 8 << 20
+"""One canonical agreement: several category domains of tens of thousands of codes (ICD-10) fit."""
 OUTPUT_BYTES: Final = 16 << 20
-"""One output table, encoded: as many cells as allowed with labels of ordinary length."""
+"""One output's plaintext: 100,000 rows of 16 columns fit."""
+SEALED_OUTPUT_BYTES: Final = OUTPUT_BYTES + 4096
+"""The same, sealed: salt, KEM and tag beside it."""
+BUNDLE_BYTES: Final = 512 << 20
+"""A bundle: sealed once per output and recipient."""
 CALLER_AGE_MS: Final = 5 * 60 * 1000
-"""How long a caller's statement may be valid: one per connection, made when it is opened."""
+"""How long a caller statement may be valid: a stolen one is soon worthless."""
