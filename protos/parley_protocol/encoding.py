@@ -45,15 +45,15 @@ def encode(value: Encodable) -> bytes:
     return bytes(out)
 
 
-def decode(data: bytes | bytearray | memoryview, *, limit: int = limits.CBOR_BYTES, any_order: bool = False) -> Value:
+def decode(data: bytes | bytearray | memoryview, *, limit: int = limits.CBOR_BYTES, foreign: bool = False) -> Value:
     """The value that `data` encodes, all of it; MalformedError for anything that `encode` would not have written.
 
-    `limit` is the greatest length of `data`. `any_order` accepts the keys of maps in any order, which statements of
-    others need (the NSM writes its maps in the order of its own structures); all other rules stay.
+    `limit` is the greatest length of `data`. `foreign` is for what an NSM writes: it accepts maps whose keys are in any
+    order and maps of indefinite length (a quarter of the known documents have one). All other rules stay.
     """
     if len(data) > limit:
         raise MalformedError(f"more than {limit} bytes")
-    reader = _Reader(bytes(data), any_order)
+    reader = _Reader(bytes(data), foreign)
     value = reader.value(limits.CBOR_DEPTH)
     if reader.position != len(reader.data):
         raise MalformedError("trailing bytes")
@@ -143,12 +143,12 @@ def _deeper(depth: int) -> int:
 class _Reader:
     """A position in bytes. Lengths are checked against what is left before anything is allocated."""
 
-    __slots__ = ("any_order", "data", "position")
+    __slots__ = ("foreign", "data", "position")
 
-    def __init__(self, data: bytes, any_order: bool) -> None:
+    def __init__(self, data: bytes, foreign: bool) -> None:
         self.data = data
         self.position = 0
-        self.any_order = any_order
+        self.foreign = foreign
 
     def value(self, depth: int) -> Value:
         initial = self._take(1)[0]
@@ -179,13 +179,17 @@ class _Reader:
         raise MalformedError("a tag" if major == 6 else "a float or another simple value")
 
     def _map(self, info: int, depth: int) -> Value:
-        count = self._count(info, 2)
+        # An indefinite map ends by its break, or by the end of the data, whichever comes first.
+        count = len(self.data) if info == 31 and self.foreign else self._count(info, 2)
         depth = _deeper(depth) if count else depth
         result: dict[str | int, Value] = {}
         kind: type | None = None
         previous = b""
         for _ in range(count):
             start = self.position
+            if info == 31 and self.data[start : start + 1] == b"\xff":
+                self.position += 1
+                break
             initial = self._take(1)[0]
             major = initial >> 5
             if major == _TEXT:
@@ -200,7 +204,7 @@ class _Reader:
             if key in result:
                 raise MalformedError("duplicate key")
             encoded = self.data[start : self.position]
-            if not self.any_order and encoded < previous:
+            if not self.foreign and encoded < previous:
                 raise MalformedError("keys are not sorted")
             previous = encoded
             result[key] = self.value(depth)

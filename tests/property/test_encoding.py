@@ -112,13 +112,32 @@ def test_enc_4_refuses_what_is_not_minimal() -> None:
     assert decode(b"\x18\x18") == 24
 
 
-def test_enc_5_refuses_unsorted_and_duplicate_keys_and_any_order_only_duplicate_ones() -> None:
+def test_enc_5_refuses_unsorted_and_duplicate_keys_and_foreign_only_duplicate_ones() -> None:
     unsorted = bytes.fromhex("a2616200616100")
     with pytest.raises(MalformedError, match="sorted"):
         decode(unsorted)
-    assert decode(unsorted, any_order=True) == {"a": 0, "b": 0}
+    assert decode(unsorted, foreign=True) == {"a": 0, "b": 0}
     with pytest.raises(MalformedError, match="duplicate"):
-        decode(bytes.fromhex("a2616100616100"), any_order=True)
+        decode(bytes.fromhex("a2616100616100"), foreign=True)
+
+
+def test_enc_4_only_foreign_maps_may_be_of_indefinite_length() -> None:
+    assert decode(bytes.fromhex("bf6161bf01f6ffff"), foreign=True) == {"a": {1: None}}
+    for data in ("bf616100ff", "bfff"):
+        with pytest.raises(MalformedError, match="indefinite"):
+            decode(bytes.fromhex(data))
+    for data in ("9fff", "5f4100ff", "7fff", "bf616100", "bf6161ff", "bf616100616100ff", "ff", "bf", "bf616100ffff"):
+        with pytest.raises(MalformedError):
+            decode(bytes.fromhex(data), foreign=True)
+
+
+@given(st.binary(max_size=60))
+def test_enc_2_any_foreign_bytes_decode_or_are_malformed(data: bytes) -> None:
+    try:
+        value = decode(data, foreign=True)
+    except MalformedError:
+        return
+    assert decode(encode(value)) == value == cbor2.loads(data)
 
 
 def test_enc_6_refuses_trailing_bytes_and_more_than_the_limit() -> None:
