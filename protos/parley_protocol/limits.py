@@ -86,3 +86,36 @@ BUNDLE_BYTES: Final = 512 << 20
 """A bundle: sealed once per output and recipient."""
 CALLER_AGE_MS: Final = 5 * 60 * 1000
 """How long a caller statement may be valid: a stolen one is soon worthless."""
+
+# Enclave process
+
+NSM_REQUEST_BYTES: Final = 0x1000
+"""NSM_REQUEST_MAX_SIZE of the kernel's driver."""
+NSM_RESPONSE_BYTES: Final = 0x3000
+"""NSM_RESPONSE_MAX_SIZE of the kernel's driver."""
+NSM_TIMEOUT_MS: Final = 120 * 1000
+"""After this the driver itself answers ETIMEDOUT."""
+NSM_TIME_AGE_MS: Final = 60 * 1000
+"""How long the monotonic clock carries the time of one document: its drift in a minute is below a millisecond."""
+CONNECTIONS: Final = 128
+"""Open connections of the host, each with a thread: two for each of 50 parties, and the serves of 16 workers."""
+WORKERS: Final = 64
+"""Workers of one enclave: one per vCPU of the largest parents."""
+ASK_TIMEOUT_MS: Final = 30 * 1000
+"""From accepting a connection to the whole of its message: the host is a process on the same machine."""
+ANSWER_TIMEOUT_MS: Final = 30 * 1000
+"""To hand an answer to the host; one that does not read is cut off."""
+PULL_TIMEOUT_MS: Final = 120 * 1000
+"""One Pull: the host may have to fetch the frames from a remote store."""
+PULL_RANGES: Final = 4096
+"""Ranges of one Pull: every frame of a window, far below a message."""
+SERVE_WAIT_MS: Final = 10 * 60 * 1000
+"""How long a task waits for a Serve connection: a coordinator may restart in the middle of a computation."""
+TASK_ATTEMPTS: Final = 8
+"""How often a task is tried on a new worker or connection before the session is lost."""
+PROGRESS_MS: Final = 1000
+"""Between two Progress messages: they also tell the host that the enclave lives."""
+WORKER_MESSAGE_BYTES: Final = 1 << 30
+"""One message between the main process and a worker: the key index and the tags of a table of the greatest size."""
+WORKER_HEADER_BYTES: Final = 64 << 20
+"""The CBOR part of it; agreements are in it."""
