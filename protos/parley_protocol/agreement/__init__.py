@@ -1,0 +1,1 @@
+"""The agreement: its model, its canonical form, its expressions, its signatures."""
