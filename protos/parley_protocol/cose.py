@@ -7,6 +7,7 @@ members and session keys sign with Ed25519; ES384 is what an NSM signs its docum
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -32,6 +33,33 @@ _OVERHEAD: Final = 128
 """More than the envelope adds to the payload: header, signature and lengths."""
 
 
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A COSE_Sign1 in its parts. Its payload is worth nothing before `check_signature` has returned."""
+
+    protected: bytes
+    payload: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+
+    def check_signature(self, key: Ed25519PublicKey | EllipticCurvePublicKey, *, step: str) -> None:
+        """Returns where `key` signed this; VerificationError at `step`, code "signature", otherwise."""
+        signed = _signed_bytes(self.protected, self.payload)
+        try:
+            if isinstance(key, Ed25519PublicKey) and self.protected == _EDDSA:
+                return key.verify(self.signature, signed)
+            if (
+                isinstance(key, EllipticCurvePublicKey)
+                and isinstance(key.curve, SECP384R1)
+                and self.protected == _ES384
+            ):
+                r = int.from_bytes(self.signature[:_COORDINATE], "big")
+                s = int.from_bytes(self.signature[_COORDINATE:], "big")
+                return key.verify(encode_dss_signature(r, s), signed, ECDSA(SHA384()))
+        except InvalidSignature:
+            raise VerificationError(step, "the signature does not verify", code="signature") from None
+        raise VerificationError(step, "signed with another algorithm than the key's", code="signature")
+
+
 def sign(payload: bytes, key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
     """A COSE_Sign1 over `payload` by an Ed25519 key (EdDSA) or a P-384 key (ES384)."""
     if isinstance(key, Ed25519PrivateKey):
@@ -54,26 +82,18 @@ def verify(
     MalformedError where `cose` is no such envelope; VerificationError at `step`, code "signature", where the key did
     not make the signature, or is not of the envelope's algorithm.
     """
-    protected, payload, signature = _parse(cose, limit)
-    try:
-        if isinstance(key, Ed25519PublicKey) and protected == _EDDSA:
-            key.verify(signature, _signed_bytes(protected, payload))
-            return payload
-        if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP384R1) and protected == _ES384:
-            r, s = (int.from_bytes(half, "big") for half in (signature[:_COORDINATE], signature[_COORDINATE:]))
-            key.verify(encode_dss_signature(r, s), _signed_bytes(protected, payload), ECDSA(SHA384()))
-            return payload
-    except InvalidSignature:
-        raise VerificationError(step, "the signature does not verify", code="signature") from None
-    raise VerificationError(step, "signed with another algorithm than the key's", code="signature")
+    envelope = parse(cose, limit=limit)
+    envelope.check_signature(key, step=step)
+    return envelope.payload
 
 
 def payload_unverified(cose: bytes, *, limit: int = limits.CBOR_BYTES) -> bytes:
     """The payload of a COSE_Sign1 whose signature nobody has checked; MalformedError where `cose` is none."""
-    return _parse(cose, limit)[1]
+    return parse(cose, limit=limit).payload
 
 
-def _parse(cose: bytes, limit: int) -> tuple[bytes, bytes, bytes]:
+def parse(cose: bytes, *, limit: int = limits.CBOR_BYTES) -> Envelope:
+    """The parts of a COSE_Sign1 whose signature nobody has checked; MalformedError where `cose` is none."""
     value = decode(cose, limit=limit + _OVERHEAD)
     if type(value) is not list or len(value) != 4:
         raise MalformedError("COSE_Sign1: not an array of four")
@@ -86,7 +106,7 @@ def _parse(cose: bytes, limit: int) -> tuple[bytes, bytes, bytes]:
         raise MalformedError("COSE_Sign1: the payload is not a byte string")
     if type(signature) is not bytes or len(signature) != _SIGNATURE_BYTES[protected]:
         raise MalformedError("COSE_Sign1: the signature has a wrong length")
-    return protected, payload, signature
+    return Envelope(protected, payload, signature)
 
 
 def _signed_bytes(protected: bytes, payload: bytes) -> bytes:

@@ -15,12 +15,12 @@ from typing import TypeAlias
 from parley_protocol import limits
 from parley_protocol.errors import MalformedError
 
-Value: TypeAlias = "int | bytes | str | bool | None | list[Value] | dict[str, Value] | dict[int, Value]"
+Value: TypeAlias = "int | bytes | str | bool | list[Value] | dict[str, Value] | dict[int, Value] | None"
 """What can be encoded: integers from -2^63 to 2^64-1, bytes, text, booleans, null, lists, and maps whose keys are all
 text or all non-negative integers."""
 
 Encodable: TypeAlias = (
-    "int | bytes | str | bool | None | Sequence[Encodable] | Mapping[str, Encodable] | Mapping[int, Encodable]"
+    "int | bytes | str | bool | Sequence[Encodable] | Mapping[str, Encodable] | Mapping[int, Encodable] | None"
 )
 """`Value` for the type checker where it is only read; at run time lists and maps are `list` and `dict` and no other."""
 
@@ -143,7 +143,7 @@ def _deeper(depth: int) -> int:
 class _Reader:
     """A position in bytes. Lengths are checked against what is left before anything is allocated."""
 
-    __slots__ = ("foreign", "data", "position")
+    __slots__ = ("data", "foreign", "position")
 
     def __init__(self, data: bytes, foreign: bool) -> None:
         self.data = data
@@ -151,7 +151,7 @@ class _Reader:
         self.foreign = foreign
 
     def value(self, depth: int) -> Value:
-        initial = self._take(1)[0]
+        initial = self._initial()
         major, info = initial >> 5, initial & 31
         if major == _UINT:
             return self._argument(info)
@@ -190,7 +190,7 @@ class _Reader:
             if info == 31 and self.data[start : start + 1] == b"\xff":
                 self.position += 1
                 break
-            initial = self._take(1)[0]
+            initial = self._initial()
             major = initial >> 5
             if major == _TEXT:
                 key: str | int = self._text(initial & 31)
@@ -232,6 +232,14 @@ class _Reader:
         if argument < (24 if width == 1 else 1 << (width * 4)):
             raise MalformedError("integer or length is not minimal")
         return argument
+
+    def _initial(self) -> int:
+        try:
+            initial = self.data[self.position]
+        except IndexError:
+            raise MalformedError("truncated") from None
+        self.position += 1
+        return initial
 
     def _take(self, count: int) -> bytes:
         end = self.position + count

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from parley_protocol import cose, limits
+from parley_protocol import limits
+from parley_protocol.cose import Envelope, parse
 from parley_protocol.encoding import Value, decode, sha384
 from parley_protocol.errors import MalformedError
 
@@ -51,14 +52,14 @@ def extended(data: bytes) -> bytes:
 
 def parse_unverified(document: bytes) -> Document:
     """The fields of a document whose signature nobody has checked; MalformedError where it is none."""
-    return parse_payload(parse_envelope(document))
+    return parse_payload(parse_envelope(document).payload)
 
 
-def parse_envelope(document: bytes) -> bytes:
-    """The payload of a document (att-1); MalformedError."""
+def parse_envelope(document: bytes) -> Envelope:
+    """A document's envelope (att-1); MalformedError."""
     if len(document) > limits.DOCUMENT_BYTES:
         raise MalformedError(f"document: more than {limits.DOCUMENT_BYTES} bytes")
-    return cose.payload_unverified(document, limit=limits.DOCUMENT_BYTES)
+    return parse(document, limit=limits.DOCUMENT_BYTES)
 
 
 def parse_payload(payload: bytes) -> Document:

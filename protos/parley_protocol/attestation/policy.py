@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from parley_protocol import limits
 from parley_protocol.attestation.document import ZERO_PCR
 from parley_protocol.attestation.roots import NITRO_ROOTS
 from parley_protocol.errors import AgreementError, Problem
+
+if TYPE_CHECKING:
+    from parley_protocol.agreement.model import Agreement
 
 AGREEMENT_PCR: Final = 16
 """The register that holds the agreement: the first that belongs to the application."""
@@ -97,6 +100,16 @@ class Policy:
             raise _problem("agreement", "not a digest of 48 bytes")
         if not 0 < self.max_age_ms <= limits.DOCUMENT_AGE_MS:
             raise _problem("max_age_ms", f"not 1 to {limits.DOCUMENT_AGE_MS}")
+
+    @classmethod
+    def of(cls, agreement: Agreement) -> Self:
+        """What an agreement says, whole: its images, its root, its digest."""
+        images = (
+            Measurement(image.pcr0, image.pcr1, image.pcr2, image.pcr8, image.until_ms)
+            for image in agreement.measurements
+        )
+        root = RootPolicy("simulated" if agreement.platform == "simulated" else "nitro", agreement.root_sha256)
+        return cls(tuple(images), root, agreement.digest)
 
 
 def _problem(path: str, message: str) -> AgreementError:

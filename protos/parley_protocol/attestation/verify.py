@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Final
 
-from parley_protocol import cose, limits
+from parley_protocol import limits
 from parley_protocol.attestation.chain import check_chain
 from parley_protocol.attestation.document import ZERO_PCR, Document, extended, parse_envelope, parse_payload
 from parley_protocol.attestation.policy import AGREEMENT_PCR, IMAGE_PCRS, Measurement, Policy
@@ -115,11 +115,11 @@ def verify_statement(
 
 def _check(document: bytes, *, roots: Collection[bytes], now_ms: int | None, tolerance_ms: int) -> Document:
     try:
-        payload = parse_envelope(document)
+        envelope = parse_envelope(document)
     except MalformedError as error:
         raise VerificationError("att-1", error.message, code="malformed") from None
     try:
-        found = parse_payload(payload)
+        found = parse_payload(envelope.payload)
     except MalformedError as error:
         raise VerificationError("att-2", error.message, code="malformed") from None
     if found.digest != "SHA384" or any(len(register) != limits.PCR_BYTES for register in found.pcrs.values()):
@@ -127,7 +127,7 @@ def _check(document: bytes, *, roots: Collection[bytes], now_ms: int | None, tol
     # The module's clock may be ahead of the verifier's, and its certificate may be as young as the document.
     at_ms = found.timestamp_ms if now_ms is None else max(now_ms, min(found.timestamp_ms, now_ms + tolerance_ms))
     key = check_chain(found, roots=roots, at_ms=at_ms)  # att-4 to att-9
-    cose.verify(document, key, step="att-10", limit=limits.DOCUMENT_BYTES)
+    envelope.check_signature(key, step="att-10")
     assert found.instance_id is not None, "att-7 has checked the module's id"
     if found.pcrs.get(_INSTANCE_PCR) != extended(found.instance_id.encode()):
         raise VerificationError("att-11", "PCR4 is not of the instance that the module names", code="attestation")
