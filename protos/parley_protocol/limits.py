@@ -119,3 +119,60 @@ WORKER_MESSAGE_BYTES: Final = 1 << 30
 """One message between the main process and a worker: the key index and the tags of a table of the greatest size."""
 WORKER_HEADER_BYTES: Final = 64 << 20
 """The CBOR part of it; agreements are in it."""
+
+# Agreements
+
+INT_BOUND: Final = (1 << 63) - 1
+"""Greatest magnitude of a whole number: 64 bits, whose least value stands for null."""
+FLOAT_BOUND: Final = 1e100
+"""Greatest magnitude of a float: its square, and sums of squares over all rows, are finite."""
+DECIMAL_SCALE: Final = 18
+"""Digits after the point of a decimal: 64 bits hold no more."""
+CATEGORY_VALUES: Final = 200_000
+"""Values of a category: ICD-10 with its national extensions has less than half of that."""
+BIN_EDGES: Final = 1000
+"""Edges of the bins of one `by`: more is a histogram."""
+ROWS_PER_UNIT: Final = 1_000_000
+"""Rows of one unit in one upload: the engine keeps a unit's rows in one window."""
+TEXT_BYTES: Final = 4096
+"""The purpose of an agreement: a page at most, since people must read it."""
+EXPRESSION_CHARACTERS: Final = 1000
+"""A condition: what is longer, nobody reads before signing."""
+EXPRESSION_DEPTH: Final = 64
+"""Nesting of a condition: keeps recursion far from the stack's end."""
+DURATION_MS: Final = 366 * 86_400_000
+"""A deadline: an enclave that waits longer than a year is not waiting for data."""
+RELEASES: Final = 100_000
+"""`max_releases`: every hour for eleven years."""
+MEASUREMENTS: Final = 64
+"""Accepted images of one agreement: each is one more that must be trusted."""
+OUTPUT_VALUES: Final = 1_600_000
+"""Cells times columns of an output: its plaintext stays within OUTPUT_BYTES."""
+REFERENCED_FILE_BYTES: Final = 16 << 20
+"""A file that an agreement names: a domain of the greatest size fits."""
+
+# Identities
+
+KEY_FILE_BYTES: Final = 16 << 10
+"""A file of a private or a public key: the longest has 3 kB."""
+SCRYPT_N: Final = 1 << 17
+"""Work of a passphrase: about half a second and 128 MiB (OWASP's advice for scrypt)."""
+PASSPHRASE_BYTES: Final = 1024
+"""A passphrase: more is a mistake such as a whole file."""
+
+# Coordinator
+
+CHUNK_BYTES: Final = 1 << 20
+"""One message of an upload or a bundle: large enough for the wire, small enough that many streams fit in memory."""
+SYNC_BYTES: Final = 32 << 20
+"""How much of an upload may be on its way to the disk before it is fsynced and becomes `stored`."""
+RPC_BYTES: Final = AGREEMENT_BYTES + (4 << 20)
+"""One gRPC message: an agreement of the greatest size with the signatures of all its members."""
+REQUEST_ID_BYTES: Final = (16, 64)
+"""Least and most bytes of a caller's request id: unguessable, and no place to store things."""
+ENCLAVES: Final = 4
+"""Enclaves on one parent instance: what the Nitro hypervisor allows."""
+BLOB_RANGES: Final = 65_536
+"""Ranges of one Pull: a window of 17 parties and 256 columns has 4,352."""
+CALLER_BYTES: Final = 1024
+"""A caller statement in its envelope has less than 300."""

@@ -1,0 +1,55 @@
+"""`python -m parley_enclave --listen unix:PATH|vsock:PORT --nsm unix:PATH --workers N`: runs an enclave until it is ended.
+
+All input comes through the channel. Standard error gets one line for each change of phase, and never a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+
+def log(line: str) -> None:
+    """One coarse line on standard error."""
+    print(f"parley-enclave: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs an enclave; 2 for arguments that are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m parley_enclave", description="Run an enclave.")
+    parser.add_argument("--listen", required=True, help="unix:PATH or vsock:PORT")
+    parser.add_argument("--nsm", required=True, help="unix:PATH of the simulated module")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes, one for each vCPU")
+    options = parser.parse_args(arguments)
+
+    from parley_enclave import keys
+    from parley_enclave.channel import Server, listen
+    from parley_enclave.device import open_device
+    from parley_enclave.enclave import Enclave
+    from parley_enclave.nsm import Nsm
+    from parley_enclave.pool import Pool
+    from parley_enclave.service import Service
+
+    # SIGTERM ends the workers too, in the `finally` below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        nsm = Nsm(open_device(options.nsm))
+        keys.seed_kernel(nsm.random)
+        pool = Pool(options.workers)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        with listen(options.listen) as listener:
+            log(f"listening, {pool.size} workers")
+            Server(listener, Service(Enclave(nsm, pool, log=log), pool, log=log).handle).run()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        pool.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Admission of a party's join: everything that can be checked without its table, and the task that checks the table.
+
+A refusal has a stable code and no value of the data, and consumes nothing: the party may join again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from parley_protocol import claims
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.errors import MalformedError, RefusedError, VerificationError
+from parley_protocol.transcript import (
+    Join,
+    JoinKeys,
+    Offer,
+    Upload,
+    frame_key,
+    join_info,
+    key_commitment,
+    share_digest,
+)
+
+from parley_enclave.keys import SessionKeys
+from parley_enclave.pool import Parts, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What admission found in one sealed table: the rows, the first and last key of each group, a tag for each frame.
+
+    None of it leaves the enclave.
+    """
+
+    rows: int = field(repr=False)
+    index: bytes = field(repr=False)
+    tags: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """One upload of a join: the statement, where the host keeps the blob, and the key of its frames."""
+
+    upload: Upload
+    blob: int
+    frame_key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A join whose statements and keys are good; its tables are not yet looked at."""
+
+    join: Join
+    brought: tuple[Brought, ...]
+    noise_share: bytes = field(repr=False)
+
+
+def open_join(
+    signed: bytes, uploads: Sequence[tuple[bytes, int]], offer: Offer, agreement: Agreement, keys: SessionKeys
+) -> Opened:
+    """Checks a join and the uploads that come with it, (COSE, blob) in the join's order.
+
+    adm-1 the join is good (join-*), adm-2 each upload is good (upl-*) and is the one that the join names, by its party,
+    for each of the party's tables in their order, adm-3 the sealed keys open, adm-4 each content key and the noise share
+    match their commitments.
+    """
+    join = claims.verify_join(signed, offer, agreement)  # adm-1
+    statements = tuple(claims.verify_upload(cose, agreement) for cose, _ in uploads)  # adm-2
+    if tuple(upload.digest for upload in statements) != join.uploads:
+        raise VerificationError("adm-2", "not the uploads that the join names", code="conflict")
+    headers = tuple(upload.header for upload in statements)
+    if any(header.party != join.party for header in headers):
+        raise VerificationError("adm-2", "an upload of another party", code="conflict")
+    if tuple(header.table for header in headers) != agreement.tables_of(join.party):
+        raise VerificationError("adm-2", "not the party's tables in their order", code="schema")
+    sealed = keys.open(join.sealed_keys, join_info(join.offer, join.party, join.uploads))
+    try:
+        opened = JoinKeys.from_bytes(sealed)
+    except MalformedError:
+        raise VerificationError("adm-3", "the sealed keys are malformed", code="key") from None
+    if len(opened.content_keys) != len(statements):
+        raise VerificationError("adm-3", "not one content key for each upload", code="key")
+    if share_digest(opened.noise_share) != join.share_digest:
+        raise VerificationError("adm-4", "another noise share than committed", code="key")
+    if any(key_commitment(k) != h.key_commitment for k, h in zip(opened.content_keys, headers, strict=True)):
+        raise VerificationError("adm-4", "another content key than committed", code="key")
+    return Opened(
+        join,
+        tuple(
+            Brought(upload, blob, frame_key(key, upload.header_bytes))
+            for upload, (_, blob), key in zip(statements, uploads, opened.content_keys, strict=True)
+        ),
+        opened.noise_share,
+    )
+
+
+def task(brought: Brought, agreement: Agreement, guard_key: bytes, progress: Callable[[int], None]) -> Task:
+    """The work of admitting one table (adm-5)."""
+    header = brought.upload.header
+    return Task(
+        [
+            "admit",
+            header.party,
+            header.table,
+            brought.upload.header_bytes,
+            brought.blob,
+            brought.frame_key,
+            brought.upload.frames_digest,
+            guard_key,
+        ],
+        (agreement.canonical,),
+        progress=progress,
+    )
+
+
+def checked(parts: Parts) -> Checked:
+    """What the worker answers to `task`."""
+    if len(parts) != 3 or len(parts[0]) != 8:
+        raise RefusedError("internal")
+    return Checked(int.from_bytes(parts[0], "big"), parts[1], parts[2])

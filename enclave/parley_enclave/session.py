@@ -1,0 +1,117 @@
+"""One session: its offer, the joins, the roster, the release. The state of a run, and nothing of processes or the wire.
+
+Whoever owns it holds a lock. What must be forgotten after the release is forgotten by `forget`.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from parley_protocol import cose
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.chain import ChainState
+from parley_protocol.errors import RefusedError
+from parley_protocol.transcript import Offer, Receipt, Roster
+
+from parley_enclave.admission import Checked, Opened
+from parley_enclave.compute import Job
+from parley_enclave.keys import SessionKeys
+from parley_enclave.pool import Parts
+from parley_enclave.release import Release
+from parley_enclave.roster import Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A party's admitted join and its receipt."""
+
+    opened: Opened
+    receipt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last roster, which ended without a computation: `code` is "expired" or "roster" (refused).
+
+    `members`: those who had not signed it, or the one who refused it.
+    """
+
+    code: str
+    roster: Roster
+    cose: bytes
+    members: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Session:
+    """A session from its offer to its end."""
+
+    agreement: Agreement
+    request: bytes
+    offer: Offer
+    chain: ChainState
+    keys: SessionKeys | None = field(repr=False)
+    guard_key: bytes = field(repr=False)
+    joins: dict[str, Joined] = field(default_factory=dict, repr=False)
+    tables: dict[bytes, Checked] = field(default_factory=dict, repr=False)
+    """Admitted uploads by digest: a join that is repeated after a lapsed roster needs no second admission."""
+    admitting: dict[bytes, Future[Parts]] = field(default_factory=dict, repr=False)
+    percents: dict[bytes, int] = field(default_factory=dict)
+    """How far each admission is."""
+    roster_keys: set[bytes] = field(default_factory=set)
+    """One-time roster keys that stood in a roster: a join may not bring one of them again."""
+    standing: Standing | None = None
+    ended: Ended | None = None
+    job: Job | None = field(default=None, repr=False)
+    percent: int = 0
+    release: Release | None = field(default=None, repr=False)
+    code: str = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """The parties that have not joined, in the agreement's order."""
+        return [party for party in self.agreement.parties if party not in self.joins]
+
+    def live_keys(self) -> SessionKeys:
+        """The private keys; RefusedError "phase" when they are forgotten."""
+        if self.keys is None:
+            raise RefusedError("phase")
+        return self.keys
+
+    def check_roster_key(self, opened: Opened) -> None:
+        """That a join brings a roster key which stood in no roster (adm-6); RefusedError "conflict"."""
+        if opened.join.roster_key in self.roster_keys:
+            raise RefusedError("conflict")
+
+    def admit(self, opened: Opened, now_ms: int) -> bytes:
+        """Takes an admitted join in place of the party's last one; its signed receipt (adm-7)."""
+        join = opened.join
+        receipt = Receipt(self.offer.digest, join.party, join.uploads, join.digest, now_ms)
+        signed = cose.sign(receipt.to_bytes(), self.live_keys().signing)
+        self.joins[join.party] = Joined(opened, signed)
+        return signed
+
+    def issue(self, roster: Roster) -> Standing:
+        """Signs a roster; it stands until it is computed, lapses or is refused."""
+        self.standing = Standing(roster, cose.sign(roster.to_bytes(), self.live_keys().signing))
+        self.roster_keys |= {entry.roster_key for entry in roster.included}
+        self.ended = None
+        return self.standing
+
+    def end_roster(self, code: str, members: tuple[str, ...]) -> None:
+        """Ends the standing roster without a computation. All joins go with it: their one-time keys are used up."""
+        assert self.standing is not None
+        self.ended = Ended(code, self.standing.roster, self.standing.cose, members)
+        self.standing = None
+        self.job = None
+        self.joins.clear()
+
+    def forget(self) -> None:
+        """Drops all that could open a table: keys, shares, tags, plans. Python cannot overwrite them; they are garbage."""
+        self.keys = None
+        self.guard_key = b""
+        self.joins.clear()
+        self.tables.clear()
+        self.admitting.clear()
+        self.job = None

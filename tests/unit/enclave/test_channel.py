@@ -1,0 +1,142 @@
+"""The listener: who may connect, how much, how long."""
+
+from __future__ import annotations
+
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from parley_enclave import channel
+from parley_enclave.channel import Connection, Server, is_host, listen
+from parley_protocol import framing, limits
+from parley_protocol.errors import MalformedError
+from parley_protocol.v1 import enclave_pb2 as pb
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, Connection]]:
+    theirs, ours = socket.socketpair()
+    connection = Connection(ours)
+    yield theirs, connection
+    theirs.close()
+    connection.close()
+
+
+def test_vsock_is_for_the_host_alone() -> None:
+    assert is_host(socket.AF_VSOCK, (3, 4242))
+    for peer in [(0, 1), (1, 1), (2, 1), (4, 1), (16, 3), None, "3", (3,)]:
+        assert not is_host(socket.AF_VSOCK, peer)
+    assert is_host(socket.AF_UNIX, "")
+    assert not is_host(socket.AF_INET, ("127.0.0.1", 3))
+
+
+def test_a_unix_socket_is_for_its_owner_and_replaces_a_stale_one(tmp_path: Path) -> None:
+    path = tmp_path / "enclave.sock"
+    listen(f"unix:{path}").close()
+    with listen(f"unix:{path}"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "tcp:1", "vsock:", "vsock:x", "vsock:-1", "/tmp/x"])
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="listen"):
+        listen(address)
+
+
+@pytest.mark.skipif(not Path("/dev/vsock").exists(), reason="this machine has no vsock")
+def test_vsock_listens_by_the_same_code() -> None:
+    with listen("vsock:50000") as listener:
+        assert listener.family == socket.AF_VSOCK
+
+
+def test_an_ask_arrives_in_any_pieces_and_nothing_is_read_beyond_it(pair: tuple[socket.socket, Connection]) -> None:
+    theirs, connection = pair
+    whole = framing.pack(pb.Ask(status=pb.Status()).SerializeToString()) + b"next"
+    sender = threading.Thread(target=lambda: [theirs.sendall(whole[i : i + 1]) for i in range(len(whole))])
+    sender.start()
+    assert connection.receive().WhichOneof("op") == "status"
+    sender.join()
+    assert connection.detach().recv(16) == b"next"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        framing.pack(b"\xff\xff\xff"),
+        framing.pack(b"", b"payload"),
+        (limits.MESSAGE_BYTES + 1).to_bytes(4, "big") + bytes(4),
+    ],
+)
+def test_bytes_that_are_no_ask_are_malformed(pair: tuple[socket.socket, Connection], data: bytes) -> None:
+    theirs, connection = pair
+    theirs.sendall(data)
+    with pytest.raises(MalformedError):
+        connection.receive()
+
+
+def test_a_host_that_is_slow_is_cut_off(pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, connection = pair
+    monkeypatch.setattr(channel.limits, "ASK_TIMEOUT_MS", 50)
+    theirs.sendall(b"\0")
+    with pytest.raises(OSError, match="timed out"):
+        connection.receive()
+
+
+def test_a_host_that_leaves_in_the_middle_is_an_end(pair: tuple[socket.socket, Connection]) -> None:
+    theirs, connection = pair
+    theirs.sendall(framing.pack(b"1234")[:-1])
+    theirs.close()
+    with pytest.raises(EOFError):
+        connection.receive()
+
+
+def test_connections_are_bounded_and_freed(tmp_path: Path) -> None:
+    path = tmp_path / "enclave.sock"
+    leave = threading.Event()
+    entered: list[Connection] = []
+
+    def handle(connection: Connection) -> None:
+        entered.append(connection)
+        leave.wait(10)
+
+    with listen(f"unix:{path}") as listener:
+        threading.Thread(target=Server(listener, handle, connections=2).run, daemon=True).start()
+        held = [_connect(path) for _ in range(2)]
+        _until(lambda: len(entered) == 2)
+        with _connect(path) as third:
+            third.settimeout(5)
+            assert third.recv(1) == b""
+        leave.set()
+        for connection in held:
+            connection.settimeout(5)
+            assert connection.recv(1) == b""
+            connection.close()
+        _until(lambda: _stays(path))
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
+def _stays(path: Path) -> bool:
+    with _connect(path) as connection:
+        connection.sendall(b"x")
+        connection.settimeout(0.2)
+        try:
+            return connection.recv(1) == b""
+        except TimeoutError:
+            return True
+
+
+def _until(holds: object, seconds: float = 5) -> None:
+    assert callable(holds)
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
