@@ -1,0 +1,405 @@
+"""`parley demo`: whole joint computations on real data, on one machine, with every step that a real one has.
+
+Each member is a process of its own that runs the real command line in a folder of its own; the coordinator is a process,
+the simulated enclave another, without a network. Members share nothing but what real members exchange: public key files,
+fingerprints that they read to each other, and the coordinator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from parley_deploy import data, local
+
+COMMAND_SECONDS: Final = 300
+"""Longest a command of a demo may take; a machine that is busy needs a tenth of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """One demo: its agreement, its data, and whose screen is shown."""
+
+    name: str
+    summary: str
+    title: str
+    starter: str
+    party: str
+    file: str
+
+
+DEMOS: Final = {
+    "flights": Demo(
+        "flights",
+        "16 real carriers and the aircraft registry: delay by engine and year built (336,776 flights)",
+        "flights-by-engine",
+        "analyst",
+        "AA",
+        "flights.yaml",
+    ),
+    "pay": Demo(
+        "pay",
+        "nine real universities: salaries by year, rank and sex (262 professors)",
+        "big9-pay",
+        "illinois",
+        "wisc",
+        "pay.yaml",
+    ),
+}
+
+
+class DemoError(Exception):
+    """A command of the demo did not end as it must."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command that has ended: its exit code and its lines."""
+
+    code: int
+    out: tuple[str, ...]
+    err: tuple[str, ...]
+
+    def json(self) -> list[dict[str, object]]:
+        """The values of a command that ran with --json."""
+        return [json.loads(line) for line in self.out]
+
+
+class Member:
+    """A member's process. Commands run one after the other, each as a future of how it ended."""
+
+    def __init__(self, name: str, folder: Path, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self.folder = folder
+        self.environment = environment
+        folder.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "parley_deploy.member", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **environment},
+            text=True,
+        )
+        self._turn = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    def run(self, *arguments: str, listen: Callable[[str], None] | None = None) -> Future[Ended]:
+        """Begins a command; `listen` gets each of its lines as it comes."""
+        return self._turn.submit(self._run, arguments, listen)
+
+    def _run(self, arguments: Sequence[str], listen: Callable[[str], None] | None) -> Ended:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(arguments) + "\n")
+        process.stdin.flush()
+        lines: dict[str, list[str]] = {"out": [], "err": []}
+        for text in process.stdout:
+            message = json.loads(text)
+            if "exit" in message:
+                return Ended(message["exit"], tuple(lines["out"]), tuple(lines["err"]))
+            ((stream, line),) = message.items()
+            lines[stream].append(line)
+            if listen is not None:
+                listen(line)
+        raise DemoError(f"{self.name}: the process ended during: parley {shlex.join(arguments)}")
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._turn.shutdown(wait=False, cancel_futures=True)
+
+
+class Screen:
+    """What the reader of the demo sees: commands of single members with their output."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._lock = threading.Lock()
+
+    def command(self, member: str, arguments: Sequence[str]) -> None:
+        """A prompt with a command."""
+        self.line(f"\n{member}$ parley {shlex.join(arguments)}")
+
+    def line(self, text: str) -> None:
+        """One line of output."""
+        with self._lock:
+            self._say(text)
+
+    def remark(self, text: str) -> None:
+        """A line of the demo itself."""
+        self.line(f"  -- {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a demo leaves: the folders of its members and operator, the session, and how long it took."""
+
+    folder: Path
+    session: str
+    bundle: Path
+    opened: Path
+    seconds: float
+
+    def member(self, name: str) -> Path:
+        """A member's folder, with its key and state."""
+        return self.folder / "members" / name
+
+
+class Play:
+    """One run of a demo. Every step is a command line of a member; its failure ends the run."""
+
+    def __init__(self, demo: Demo, folder: Path, coalition: int | None, say: Callable[[str], None]) -> None:
+        self.demo = demo
+        self.folder = folder
+        self.coalition = coalition
+        self.screen = Screen(say)
+        self.members: dict[str, Member] = {}
+        self.files: dict[str, dict[str, Path]] = {}
+
+    def run(self) -> Played:
+        """The whole demo; DemoError where a command does not end as it must."""
+        begun = time.monotonic()
+        with ExitStack() as closing:
+            stack = closing.enter_context(local.Stack.made(self.folder / "operator"))
+            names = agreement_members(self.demo)
+            for name in names:
+                self.members[name] = Member(name, self.folder / "members" / name, stack.environment)
+                closing.callback(self.members[name].close)
+            # Members read their libraries while the operator's files and the data are made.
+            split = data.split_flights if self.demo.name == "flights" else data.split_pay
+            self.files = split(self.folder / "members")
+            self.screen.remark(f"{len(names)} members, each a process with a folder of its own; {self.demo.summary}")
+            fingerprints = self._keys()
+            stack.start([self.folder / "keys" / f"{name}.pub" for name in names])
+            self._contacts(fingerprints)
+            self._agreement(stack)
+            session = self._session()
+            bundle, opened = self._release(session)
+        return Played(self.folder, session, bundle, opened, time.monotonic() - begun)
+
+    # Steps
+
+    def _keys(self) -> dict[str, str]:
+        results = self.everyone(lambda name: ["keygen", name], shown=self.demo.starter)
+        exchanged = self.folder / "keys"
+        exchanged.mkdir(exist_ok=True)
+        for member in self.members.values():
+            shutil.copy(member.folder / f"{member.name}.pub", exchanged)
+        return {name: ended.out[-1].split()[-1] for name, ended in results.items()}
+
+    def _contacts(self, fingerprints: Mapping[str, str]) -> None:
+        keys = [os.path.join("..", "..", "keys", f"{name}.pub") for name in self.members]
+        for member in self.members.values():
+            # What the others read out, as this member wrote it down.
+            heard = "".join(f"{name}  {text}\n" for name, text in fingerprints.items() if name != member.name)
+            (member.folder / "heard.txt").write_text(heard)
+        self.everyone(lambda name: ["contact", "add", *keys])
+        self.everyone(lambda name: ["contact", "confirm", "--from", "heard.txt"], shown=self.demo.party)
+
+    def _agreement(self, stack: local.Stack) -> None:
+        starter = self.members[self.demo.starter]
+        write_agreement(self.demo, starter.folder, self.coalition)
+        shutil.copytree(self.folder / "keys", starter.folder / "keys")
+        for path in (stack.root_certificate, stack.measurements):
+            shutil.copy(path, starter.folder)
+        self.one(starter.name, ["agreement", "check", self.demo.file])
+        self.one(starter.name, ["agreement", "put", self.demo.file])
+        self.one(self.demo.party, ["inbox"])
+        self.everyone(lambda name: ["agreement", "sign", self.demo.title, "--yes"], shown=self.demo.party)
+
+    def _session(self) -> str:
+        demo = self.demo
+        self.one(demo.starter, ["open", demo.title])
+        session = str(self.one(demo.starter, ["status", demo.title, "--json"], shown=False).json()[0]["session"])
+        received = {name: threading.Event() for name in self.files}
+        submitted: dict[str, Future[Ended]] = {}
+        for name, tables in self.files.items():
+            arguments = ["submit", demo.title, *(f"{table}={path.name}" for table, path in tables.items())]
+            if name == demo.party:
+                self.screen.command(name, arguments)
+            submitted[name] = self.members[name].run(*arguments, listen=self._listener(name, received[name]))
+        self.screen.remark(f"the other {len(submitted) - 1} parties submit alike")
+        while not all(event.wait(0.05) for event in received.values()):
+            for name, future in submitted.items():
+                if future.done() and not received[name].is_set():
+                    self._ended(name, ["submit", demo.title], future)
+                    raise DemoError(f"{name}: submit ended without a receipt")
+        if demo.starter in self.files:
+            # This member's own `submit` is still waiting: a second window.
+            with Member(demo.starter, self.members[demo.starter].folder, self.members[demo.starter].environment) as window:
+                self.one(demo.starter, ["start", session], window=window)
+        else:
+            self.one(demo.starter, ["inbox"])
+            self.one(demo.starter, ["start", session])
+        for name, future in submitted.items():
+            self._ended(name, ["submit", demo.title], future)
+        return session
+
+    def _listener(self, name: str, received: threading.Event) -> Callable[[str], None]:
+        def listen(line: str) -> None:
+            if name == self.demo.party:
+                self.screen.line(line)
+            if line.startswith("receipt"):
+                received.set()
+
+        return listen
+
+    def _release(self, session: str) -> tuple[Path, Path]:
+        demo = self.demo
+        reader = self.members[demo.party]
+        bundle = f"{demo.title}-{session[:4]}.bundle"
+        opened = f"{demo.title}-{session[:4]}.open.bundle"
+        self.everyone(lambda name: ["fetch", session, "--out", bundle], shown=demo.party, only=self._recipients())
+        self.one(demo.party, ["show", bundle])
+        self.one(demo.party, ["fetch", session, "--open", "--out", opened])
+        auditor = self.folder / "auditor"
+        auditor.mkdir(exist_ok=True)
+        for name in (bundle, opened):
+            shutil.copy(reader.folder / name, auditor)
+        with Member("auditor", auditor, {}) as window:
+            self.one("auditor", ["verify", bundle], window=window)
+            self.one("auditor", ["verify", opened], window=window)
+        return auditor / bundle, auditor / opened
+
+    def _recipients(self) -> list[str]:
+        return [name for name in self.members if self.demo.name == "pay" or name != "registry"]
+
+    # Commands
+
+    def one(
+        self, name: str, arguments: Sequence[str], *, shown: bool = True, window: Member | None = None
+    ) -> Ended:
+        """Runs one member's command to its end, by default on the screen."""
+        if shown:
+            self.screen.command(name, arguments)
+        member = self.members[name] if window is None else window
+        return self._ended(name, arguments, member.run(*arguments, listen=self.screen.line if shown else None))
+
+    def everyone(
+        self, arguments: Callable[[str], list[str]], *, shown: str | None = None, only: Iterable[str] | None = None
+    ) -> dict[str, Ended]:
+        """Runs a command of every member at once; the screen shows one of them."""
+        lines = {name: arguments(name) for name in (self.members if only is None else only)}
+        running = {name: self.members[name].run(*line) for name, line in lines.items()}
+        ended = {name: self._ended(name, lines[name], future) for name, future in running.items()}
+        if shown is not None:
+            self.screen.command(shown, lines[shown])
+            for line in ended[shown].out:
+                self.screen.line(line)
+            self.screen.remark(f"the other {len(lines) - 1} alike")
+        return ended
+
+    @staticmethod
+    def _ended(name: str, arguments: Sequence[str], future: Future[Ended]) -> Ended:
+        ended = future.result(COMMAND_SECONDS)
+        if ended.code != 0:
+            said = "\n".join([*ended.out, *ended.err])
+            raise DemoError(f"{name}: parley {shlex.join(arguments)} ended with exit code {ended.code}\n{said}")
+        return ended
+
+
+def agreement_text(demo: Demo, coalition: int | None = None) -> str:
+    """The demo's agreement as YAML, with another `coalition` where one is asked for."""
+    text = (Path(__file__).parent / "agreements" / demo.file).read_text("utf-8")
+    if coalition is None:
+        return text
+    changed = re.sub(r"coalition: \d+", f"coalition: {coalition}", text)
+    if "coalition:" not in text:
+        raise DemoError(f"{demo.file} states no coalition")
+    return changed
+
+
+def agreement_members(demo: Demo) -> list[str]:
+    """The names of the demo's members, in the agreement's order."""
+    return re.findall(r"^  (\w+): keys/\1\.pub", agreement_text(demo), flags=re.MULTILINE)
+
+
+def play(
+    name: str, folder: Path, *, coalition: int | None = None, say: Callable[[str], None] = print
+) -> Played:
+    """Runs the demo `name` in `folder`, which must be empty; DemoError."""
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise DemoError(f"{folder}: not empty")
+    return Play(DEMOS[name], folder, coalition, say).run()
+
+
+def _run(name: str, keep: Path | None, coalition: int | None) -> None:
+    with ExitStack() as closing:
+        folder = keep if keep is not None else Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="parley-")))
+        try:
+            played = play(name, folder, coalition=coalition, say=typer.echo)
+        except (DemoError, local.StackError, data.MissingData) as error:
+            typer.echo(f"demo    failed: {error}", err=True)
+            raise typer.Exit(1) from None
+        typer.echo(f"\ndemo    {name}: done in {played.seconds:.1f} s. SIMULATED: no hardware protected anything in this run.")
+        if keep is not None:
+            typer.echo(f"kept    {keep}: members/NAME, operator, auditor")
+
+
+KeepOption = Annotated[Path | None, typer.Option("--keep", help="Leave all files in this empty or new folder.")]
+CoalitionOption = Annotated[
+    int | None, typer.Option("--coalition", min=0, max=8, help="Rules hold without any so many parties; the agreement says 1.")
+]
+
+app = typer.Typer(
+    help="Whole computations on real data, on this machine.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_list(wanted: bool) -> None:
+    if wanted:
+        for demo in DEMOS.values():
+            typer.echo(f"{demo.name:<10}{demo.summary}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    _list: Annotated[bool, typer.Option("--list", callback=_print_list, is_eager=True, help="List the demos.")] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def flights(keep: KeepOption = None, coalition: CoalitionOption = None) -> None:
+    """Delay by engine and year built: 16 carriers and the aircraft registry."""
+    _run("flights", keep, coalition)
+
+
+@app.command()
+def pay(keep: KeepOption = None, coalition: CoalitionOption = None) -> None:
+    """Salary by year, rank and sex: nine universities."""
+    _run("pay", keep, coalition)
