@@ -18,6 +18,7 @@ CODES: Final[dict[str, str]] = {
     "attestation": "the attestation document does not prove the enclave that was agreed on",
     "head": "follows another head of the chain of records",
     "key": "a content key does not open what it was said to open, or does not match its commitment",
+    "passphrase": "the passphrase of a private key is missing or wrong",
     "conflict": "contradicts something that was accepted before",
     "incomplete": "the upload lacks bytes",
     # what a table holds is not what was agreed
