@@ -127,15 +127,28 @@ class AgreementError(ParleyError):
 
 
 class DataError(ParleyError):
-    """A party's own table is not as agreed: `row` (1.., as in the file without its header) and `column` where known."""
+    """A party's own table is not as agreed: `row` (1.., as in the file without its header) and `column` where known.
 
+    `source` names the file. Values of the data are never told.
+    """
+
+    source: str | None
     row: int | None
     column: str | None
 
-    def __init__(self, message: str, *, row: int | None = None, column: str | None = None, code: str = "data") -> None:
-        places = [f"row {row}" if row is not None else "", f"column {column!r}" if column is not None else ""]
+    def __init__(
+        self,
+        message: str,
+        *,
+        source: str | None = None,
+        row: int | None = None,
+        column: str | None = None,
+        code: str = "data",
+    ) -> None:
+        places = (source, None if row is None else f"row {row}", None if column is None else f"column {column!r}")
         where = ", ".join(place for place in places if place)
         super().__init__(f"{where}: {message}" if where else message, code=code)
+        self.source = source
         self.row = row
         self.column = column
 
