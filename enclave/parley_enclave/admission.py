@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from parley_enclave.keys import SessionKeys
+from parley_enclave.pool import Parts, Task
 from parley_protocol import claims
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import MalformedError, RefusedError, VerificationError
@@ -21,9 +23,6 @@ from parley_protocol.transcript import (
     key_commitment,
     share_digest,
 )
-
-from parley_enclave.keys import SessionKeys
-from parley_enclave.pool import Parts, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +73,12 @@ def open_join(
         raise VerificationError("adm-2", "an upload of another party", code="conflict")
     if tuple(header.table for header in headers) != agreement.tables_of(join.party):
         raise VerificationError("adm-2", "not the party's tables in their order", code="schema")
-    sealed = keys.open(join.sealed_keys, join_info(join.offer, join.party, join.uploads))
     try:
-        opened = JoinKeys.from_bytes(sealed)
-    except MalformedError:
-        raise VerificationError("adm-3", "the sealed keys are malformed", code="key") from None
+        opened = JoinKeys.from_bytes(
+            keys.sealing.open(join.sealed_keys, join_info(join.offer, join.party, join.uploads))
+        )
+    except (MalformedError, VerificationError):
+        raise VerificationError("adm-3", "the sealed keys do not open", code="key") from None
     if len(opened.content_keys) != len(statements):
         raise VerificationError("adm-3", "not one content key for each upload", code="key")
     if share_digest(opened.noise_share) != join.share_digest:

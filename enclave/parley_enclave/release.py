@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from parley_protocol import cose
+from parley_enclave import ENGINE_VERSION
+from parley_enclave.keys import SessionKeys
+from parley_enclave.nsm import Nsm
+from parley_protocol import cose, hpke
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.chain import ChainState
 from parley_protocol.encoding import sha384
@@ -27,10 +30,6 @@ from parley_protocol.transcript import (
     output_salt,
     record_user_data,
 )
-
-from parley_enclave import ENGINE_VERSION
-from parley_enclave.keys import SessionKeys
-from parley_enclave.nsm import Nsm
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,11 @@ def make(
         Sealed(
             name,
             recipient,
-            agreement.members[recipient].seal(plaintexts[name].to_bytes(), output_info(record.head, name, recipient)),
+            hpke.seal(
+                agreement.members[recipient].sealing,
+                plaintexts[name].to_bytes(),
+                output_info(record.head, name, recipient),
+            ),
         )
         for name, output in agreement.outputs.items()
         for recipient in output.recipients

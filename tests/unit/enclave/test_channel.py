@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from parley_enclave import channel
 from parley_enclave.channel import Connection, Server, is_host, listen
 from parley_protocol import framing, limits
@@ -60,7 +61,8 @@ def test_an_ask_arrives_in_any_pieces_and_nothing_is_read_beyond_it(pair: tuple[
     sender.start()
     assert connection.receive().WhichOneof("op") == "status"
     sender.join()
-    assert connection.detach().recv(16) == b"next"
+    with connection.detach() as rest:
+        assert rest.recv(16) == b"next"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,9 @@ def test_bytes_that_are_no_ask_are_malformed(pair: tuple[socket.socket, Connecti
         connection.receive()
 
 
-def test_a_host_that_is_slow_is_cut_off(pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_slow_is_cut_off(
+    pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs, connection = pair
     monkeypatch.setattr(channel.limits, "ASK_TIMEOUT_MS", 50)
     theirs.sendall(b"\0")

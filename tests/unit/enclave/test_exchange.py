@@ -8,6 +8,7 @@ import struct
 import threading
 
 import pytest
+
 from parley_enclave import exchange
 from parley_protocol import limits
 from parley_protocol.encoding import encode
@@ -18,7 +19,9 @@ def test_a_parcel_arrives_with_its_parts_and_its_file() -> None:
     left, right = socket.socketpair()
     with left, right, open(os.devnull) as file:
         parts = (b"", b"x" * 3_000_000, b"end")
-        sender = threading.Thread(target=exchange.send, args=(left, ["scan", 3, None], parts), kwargs={"fds": [file.fileno()]})
+        sender = threading.Thread(
+            target=exchange.send, args=(left, ["scan", 3, None], parts), kwargs={"fds": [file.fileno()]}
+        )
         sender.start()
         parcel, fds = exchange.receive(right)
         sender.join()
@@ -57,7 +60,9 @@ def test_a_parcel_that_is_none_is_refused(header: bytes, body: int) -> None:
             exchange.receive(right)
 
 
-@pytest.mark.parametrize(("header", "body"), [(limits.WORKER_HEADER_BYTES + 1, 0), (1, limits.WORKER_MESSAGE_BYTES + 1)])
+@pytest.mark.parametrize(
+    ("header", "body"), [(limits.WORKER_HEADER_BYTES + 1, 0), (1, limits.WORKER_MESSAGE_BYTES + 1)]
+)
 def test_lengths_are_checked_before_anything_is_allocated(header: int, body: int) -> None:
     left, right = socket.socketpair()
     with left, right:

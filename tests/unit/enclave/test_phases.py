@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from parley_enclave.phases import TABLE, Op, Phase, Phases
 from parley_protocol.errors import RefusedError
 
@@ -53,12 +54,22 @@ def test_moves_are_those_of_the_table(phase: Phase, op: Op, target: Phase) -> No
 
 
 def test_nothing_but_a_start_or_countersignatures_leads_to_a_computation() -> None:
-    ways = {(phase, op) for phase, row in TABLE.items() for op, targets in row.items() if Phase.COMPUTING in targets - {phase}}
+    ways = {
+        (phase, op)
+        for phase, row in TABLE.items()
+        for op, targets in row.items()
+        if Phase.COMPUTING in targets - {phase}
+    }
     assert ways == {(Phase.OPEN, Op.START), (Phase.ROSTERED, Op.COUNTERSIGN)}
 
 
 def test_a_release_comes_from_a_computation_only() -> None:
-    ways = {(phase, op) for phase, row in TABLE.items() for op, targets in row.items() if Phase.RELEASED in targets - {phase}}
+    ways = {
+        (phase, op)
+        for phase, row in TABLE.items()
+        for op, targets in row.items()
+        if Phase.RELEASED in targets - {phase}
+    }
     assert ways == {(Phase.COMPUTING, Op.FINISH)}
 
 
