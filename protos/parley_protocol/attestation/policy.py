@@ -24,7 +24,7 @@ SIGNER_PCR: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One accepted image: PCR0, 1 and 2 together, 48 bytes each, PCR8 where given, until a time where given."""
+    """One accepted image: PCR0, 1 and 2 together, 48 bytes each, PCR8 where given, before `until_ms` where given."""
 
     pcr0: bytes
     pcr1: bytes

@@ -147,7 +147,7 @@ def _check_policy(document: Document, policy: Policy, *, at_ms: int) -> Measurem
     matching = [measurement for measurement in policy.measurements if measurement.matches(document.pcrs)]
     if not matching:
         raise VerificationError("att-14", "not an image of the agreement", code="attestation", actual=image)
-    current = [item for item in matching if item.until_ms is None or at_ms <= item.until_ms]
+    current = [item for item in matching if item.until_ms is None or at_ms < item.until_ms]
     if not current:
         raise VerificationError("att-14", "the image is no longer accepted", code="expired", actual=image)
     # Only locked registers stand in a document, so what is there cannot change any more.
