@@ -176,3 +176,23 @@ BLOB_RANGES: Final = 65_536
 """Ranges of one Pull: a window of 17 parties and 256 columns has 4,352."""
 CALLER_BYTES: Final = 1024
 """A caller statement in its envelope has less than 300."""
+
+# Engine
+
+ADMISSION_BYTES: Final = 4 << 20
+"""Ciphertext that admission holds at a time: several groups, so that a pull is worth its round trip."""
+WINDOW_ROWS: Final = 1 << 17
+"""Rows that a window of the scan aims at: arrays that stay in a core's cache, operations that outweigh their calls."""
+WINDOW_BYTES: Final = 160 << 20
+"""Estimated memory of one window in one worker; a computation that needs more is refused before it begins."""
+STATE_BYTES: Final = 256 << 20
+"""State of all outputs of one range: cells x parties x rules; a computation that needs more is refused."""
+RANGES: Final = 64
+"""Key ranges of a scan: at most so many workers share it."""
+RANGE_GROUPS: Final = 16
+"""Groups that a range has for each upload, at least: the one that each range shares with the next is read twice."""
+
+# Client
+
+TEXT_LINE_BYTES: Final = 4 << 20
+"""One line of a CSV file: a table of 256 columns is far below; a cell of 10 MB is an open quote or no table at all."""
