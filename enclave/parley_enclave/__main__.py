@@ -13,7 +13,12 @@ from collections.abc import Sequence
 
 def log(line: str) -> None:
     """One coarse line on standard error."""
-    print(f"parley-enclave: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"parley-enclave: {line}\n")
+    sys.stderr.flush()
+
+
+def _end(_number: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from parley_enclave.service import Service
 
     # SIGTERM ends the workers too, in the `finally` below.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    signal.signal(signal.SIGTERM, _end)
     try:
         nsm = Nsm(open_device(options.nsm))
         keys.seed_kernel(nsm.random)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from google.protobuf.message import DecodeError
+
 from parley_protocol import framing, limits
 from parley_protocol.errors import MalformedError
 from parley_protocol.v1 import enclave_pb2
@@ -74,8 +75,8 @@ def listen(address: str) -> socket.socket:
     """A listener at `unix:PATH` (mode 0600) or `vsock:PORT`; ValueError for another address."""
     kind, _, place = address.partition(":")
     if kind == "unix" and place:
-        if os.path.exists(place) and stat.S_ISSOCK(os.stat(place).st_mode):
-            os.unlink(place)
+        if Path(place).is_socket():
+            Path(place).unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         previous = os.umask(0o177)
         try:

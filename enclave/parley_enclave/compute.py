@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from parley_enclave.admission import Brought, Checked
+from parley_enclave.pool import Context, Parts, Pool, Task
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.encoding import Encodable
 from parley_protocol.output import OutputTable
 from parley_protocol.table import Layout
-
-from parley_enclave.admission import Brought, Checked
-from parley_enclave.pool import Context, Parts, Pool, Task
 
 if TYPE_CHECKING:
     from parley_enclave.engine import Plan
@@ -29,9 +28,7 @@ class Job:
     context: Context = field(repr=False)
 
 
-def prepare(
-    agreement: Agreement, inputs: Sequence[tuple[Brought, Checked]], guard_key: bytes, *, name: bytes
-) -> Job:
+def prepare(agreement: Agreement, inputs: Sequence[tuple[Brought, Checked]], guard_key: bytes, *, name: bytes) -> Job:
     """Plans the computation over admitted uploads; RefusedError "memory" where it does not fit. `name`: of this plan."""
     from parley_enclave.engine import Admitted, Source, plan
 

@@ -14,12 +14,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
-from parley_protocol import claims, cose, limits
-from parley_protocol.agreement.model import Agreement, Platform
-from parley_protocol.chain import verify_chain
-from parley_protocol.errors import MalformedError, RefusedError
-from parley_protocol.transcript import Countersignature, Offer, Refusal, offer_user_data
-
 from parley_enclave import admission, compute, keys, lineage, release, roster
 from parley_enclave.nsm import Nsm
 from parley_enclave.phases import Op, Phase, Phases
@@ -27,6 +21,11 @@ from parley_enclave.pool import Parts, Pool, WorkerError
 from parley_enclave.release import Release
 from parley_enclave.roster import Former
 from parley_enclave.session import Session
+from parley_protocol import claims, cose, limits
+from parley_protocol.agreement.model import Agreement, Platform
+from parley_protocol.chain import verify_chain
+from parley_protocol.errors import MalformedError, RefusedError
+from parley_protocol.transcript import Countersignature, Offer, Refusal, offer_user_data
 
 Progress = Callable[[int], None]
 NONCE_BYTES = 32
@@ -351,7 +350,7 @@ class Enclave:
         try:
             made = self._release(state)
             code = ""
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not end the thread
             made = None
             # One code for what the host did to a frame, one for all else: no error is an output to it (REVIEW T6).
             code = "frame" if isinstance(error, RefusedError) and error.code == "frame" else "internal"

@@ -26,7 +26,9 @@ class Parcel:
     parts: tuple[bytes, ...] = field(repr=False)
 
 
-def send(control: socket.socket, fields: Sequence[Encodable], parts: Sequence[bytes] = (), *, fds: Sequence[int] = ()) -> None:
+def send(
+    control: socket.socket, fields: Sequence[Encodable], parts: Sequence[bytes] = (), *, fds: Sequence[int] = ()
+) -> None:
     """Sends one parcel, with the open files `fds` beside it; OSError where the other side is gone."""
     header = encode([list(fields), [len(part) for part in parts]])
     lengths = _LENGTHS.pack(len(header), sum(map(len, parts)))
@@ -47,9 +49,11 @@ def receive(control: socket.socket) -> tuple[Parcel, list[int]]:
     if header_bytes > limits.WORKER_HEADER_BYTES or body_bytes > limits.WORKER_MESSAGE_BYTES:
         raise MalformedError("a parcel is too long")
     value = decode(_take(control, header_bytes), limit=limits.WORKER_HEADER_BYTES)
-    if type(value) is not list or len(value) != 2 or type(value[0]) is not list or type(value[1]) is not list:
+    if type(value) is not list or len(value) != 2:
         raise MalformedError("a parcel has no header")
     fields, lengths = value
+    if type(fields) is not list or type(lengths) is not list:
+        raise MalformedError("a parcel has no header")
     sizes = [length for length in lengths if type(length) is int and length >= 0]
     if len(sizes) != len(lengths) or sum(sizes) != body_bytes:
         raise MalformedError("a parcel's parts have wrong lengths")

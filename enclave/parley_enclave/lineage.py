@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import SignedAgreement
+
+from parley_enclave.nsm import Nsm
+from parley_protocol.agreement.model import Agreement
 from parley_protocol.attestation.document import ZERO_PCR, extended
+from parley_protocol.attestation.policy import AGREEMENT_PCR, IMAGE_PCRS
 from parley_protocol.chain import verify_lineage
 from parley_protocol.errors import RefusedError
-
-from parley_enclave.nsm import AGREEMENT_PCR, Nsm
 
 
 def verify(signed: Sequence[tuple[bytes, Mapping[str, bytes]]]) -> tuple[Agreement, ...]:
@@ -27,7 +28,7 @@ def verify(signed: Sequence[tuple[bytes, Mapping[str, bytes]]]) -> tuple[Agreeme
 
 def check_image(agreement: Agreement, nsm: Nsm) -> None:
     """That the agreement accepts this image, so that nobody waits for clients to find out; RefusedError "attestation"."""
-    own = tuple(nsm.register(index).data for index in range(3))
+    own = tuple(nsm.register(index).data for index in IMAGE_PCRS)
     if not any((accepted.pcr0, accepted.pcr1, accepted.pcr2) == own for accepted in agreement.measurements):
         raise RefusedError("attestation")
 

@@ -11,17 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from parley_enclave.device import Device
 from parley_protocol import limits
-from parley_protocol.cose import payload_unverified
+from parley_protocol.attestation.document import parse_unverified
 from parley_protocol.encoding import Encodable, Value, decode, encode
 from parley_protocol.errors import MalformedError, ParleyError
 
-from parley_enclave.device import Device
-
 _T = TypeVar("_T")
-
-AGREEMENT_PCR = 16
-"""The register that holds the agreement; the first that belongs to the application."""
 
 
 class NsmError(ParleyError):
@@ -113,7 +109,7 @@ class Nsm:
         fields: dict[str, Encodable] = {"user_data": user_data, "nonce": nonce, "public_key": public_key}
         document = _typed(self._ask("Attestation", fields), "document", bytes)
         taken = self._monotonic_ns()
-        timestamp = _timestamp_ms(document)
+        timestamp = parse_unverified(document).timestamp_ms
         with self._lock:
             self._anchor = (timestamp, taken)
         return document
@@ -142,7 +138,7 @@ class Nsm:
             if kind == "Error" and type(value) is str:
                 raise NsmError(value)
             if kind == name and type(value) is dict:
-                return value  # type: ignore[return-value]  # keys of all kinds are looked up by text
+                return {key: field for key, field in value.items() if type(key) is str}
         raise MalformedError(f"NSM: no answer to {name}")
 
 
@@ -151,11 +147,3 @@ def _typed(fields: Mapping[str, Value], name: str, kind: type[_T]) -> _T:
     if type(value) is not kind:
         raise MalformedError(f"NSM: {name} is no {kind.__name__}")
     return value
-
-
-def _timestamp_ms(document: bytes) -> int:
-    payload = decode(payload_unverified(document), foreign=True)
-    timestamp = payload.get("timestamp") if type(payload) is dict else None
-    if type(timestamp) is not int:
-        raise MalformedError("NSM: a document without a timestamp")
-    return timestamp

@@ -19,13 +19,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import parley_enclave
 import parley_protocol
+from parley_enclave import exchange
 from parley_protocol import limits
 from parley_protocol.encoding import Encodable, Value
 from parley_protocol.errors import CODES, MalformedError, ParleyError, RefusedError, UnavailableError
-
-import parley_enclave
-from parley_enclave import exchange
 
 Parts = tuple[bytes, ...]
 
@@ -66,11 +65,11 @@ class _Queued:
     generation: int
 
 
-class _WorkerLost(Exception):
+class _WorkerLostError(Exception):
     """The worker is gone or talks nonsense."""
 
 
-class _ServeLost(Exception):
+class _ServeLostError(Exception):
     """The worker says that the Serve connection is lost."""
 
 
@@ -109,7 +108,7 @@ class _Worker:
                 if task.progress is not None and type(percent) is int:
                     task.progress(max(0, min(100, percent)))
         except (OSError, EOFError, MalformedError) as error:
-            raise _WorkerLost from error
+            raise _WorkerLostError from error
 
     def end(self) -> None:
         self._process.kill()
@@ -124,10 +123,10 @@ def _outcome(fields: list[Value], parts: Parts) -> Parts:
         case ["refused", str(code)] if code in CODES:
             raise RefusedError(code)
         case ["unserved"]:
-            raise _ServeLost
+            raise _ServeLostError
         case ["failed", str(place)]:
             raise WorkerError(place[:200])
-    raise _WorkerLost
+    raise _WorkerLostError
 
 
 def _environment() -> dict[str, str]:
@@ -222,7 +221,7 @@ class Pool:
             if queued.future.set_running_or_notify_cancel():
                 try:
                     queued.future.set_result(self._perform(number, queued))
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001  # whatever it is, it must not end the thread
                     queued.future.set_exception(error)
 
     def _next(self) -> _Queued | None:
@@ -235,19 +234,16 @@ class Pool:
             serve = self._take_serve(queued.generation)
             with self._changed:
                 worker = self._workers[number]
+            # After anything but a result the connection may stand in the middle of an answer.
             keep = False
             try:
                 parts = worker.run(queued.task, serve)
                 keep = True
                 return parts
-            except _ServeLost:
+            except _ServeLostError:
                 pass
-            except _WorkerLost:
+            except _WorkerLostError:
                 self._replace(number, worker)
-            except RefusedError as error:
-                # After `frame` the worker may have closed the connection in the middle of an answer.
-                keep = error.code != "frame"
-                raise
             except WorkerError:
                 self._replace(number, worker)
                 raise
@@ -292,5 +288,3 @@ def _silent(serve: socket.socket) -> bool:
     poll = select.poll()
     poll.register(serve, select.POLLIN | select.POLLHUP | select.POLLERR)
     return not poll.poll(0)
-
-

@@ -10,16 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 
 from google.protobuf.message import DecodeError
+
+from parley_enclave.engine.frames import FrameError
 from parley_protocol import framing, limits
 from parley_protocol.errors import MalformedError
 from parley_protocol.v1 import enclave_pb2
 
-from parley_enclave.engine.frames import FrameError
-
 Range = tuple[int, int]
 
 
-class Unserved(Exception):
+class UnservedError(Exception):
     """The connection is lost or out of step: the task may be repeated on another one."""
 
 
@@ -32,7 +32,7 @@ class Serve:
     def pull(self, blob: int, ranges: Sequence[Range]) -> list[memoryview]:
         """The bytes of each (offset, length) of a blob.
 
-        FrameError where the host does not hold one; Unserved where the connection breaks.
+        FrameError where the host does not hold one; UnservedError where the connection breaks.
         """
         data = memoryview(bytearray(sum(length for _, length in ranges)))
         at = 0
@@ -59,14 +59,14 @@ class Serve:
             message, payload = framing.header(head, limit_payload=len(into))
             ask = enclave_pb2.Ask.FromString(bytes(self._take(memoryview(bytearray(message)), until)))
             if ask.WhichOneof("op") != "frames":
-                raise Unserved("the host answers a pull with something else")
+                raise UnservedError("the host answers a pull with something else")
             if list(ask.frames.lengths) != [length for _, length in batch] or payload != len(into):
                 # What is left in the stream is of no use, and the range is missing whatever the host says.
                 self._connection.close()
                 raise FrameError("the host does not hold a range")
             self._take(into, until)
         except (OSError, MalformedError, DecodeError) as error:
-            raise Unserved("the connection is lost") from error
+            raise UnservedError("the connection is lost") from error
 
     def _take(self, into: memoryview, until: float) -> memoryview:
         got = 0
@@ -74,7 +74,7 @@ class Serve:
             self._connection.settimeout(max(0.001, until - time.monotonic()))
             received = self._connection.recv_into(into[got:])
             if not received:
-                raise Unserved("the host closed the connection")
+                raise UnservedError("the host closed the connection")
             got += received
         return into
 

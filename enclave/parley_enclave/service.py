@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parley_protocol.errors import MalformedError, ParleyError
-from parley_protocol.v1 import enclave_pb2 as pb
-
 from parley_enclave.channel import Connection
 from parley_enclave.enclave import Enclave, Progress
 from parley_enclave.pool import Pool
 from parley_enclave.roster import Former
+from parley_protocol.errors import MalformedError, ParleyError
+from parley_protocol.v1 import enclave_pb2 as pb
 
 
 class Service:
@@ -49,7 +48,7 @@ class Service:
             return pb.Answer(failed=pb.Failed(code=error.code))
         except OSError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not end the thread
             self._log(f"{ask.WhichOneof('op')} failed: {type(error).__name__}")
             return pb.Answer(failed=pb.Failed(code="internal"))
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from parley_protocol import cose
-from parley_protocol.agreement.model import Agreement
-from parley_protocol.chain import ChainState
-from parley_protocol.errors import RefusedError
-from parley_protocol.transcript import Offer, Receipt, Roster
-
 from parley_enclave.admission import Checked, Opened
 from parley_enclave.compute import Job
 from parley_enclave.keys import SessionKeys
 from parley_enclave.pool import Parts
 from parley_enclave.release import Release
 from parley_enclave.roster import Standing
+from parley_protocol import cose
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.chain import ChainState
+from parley_protocol.errors import RefusedError
+from parley_protocol.transcript import Offer, Receipt, Roster
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,19 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from parley_protocol import limits
 from parley_protocol.agreement.canonical import parse
+
+from parley_enclave import exchange
+from parley_enclave.exchange import Parcel
+from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import MalformedError, RefusedError
 from parley_protocol.table import Layout
 from parley_protocol.transcript import UploadHeader
-
-from parley_enclave import exchange
-from parley_enclave.exchange import Parcel
 
 
 class Worker:
@@ -60,20 +61,20 @@ class Worker:
     def _answer(self, parcel: Parcel, connection: socket.socket) -> tuple[list[str], tuple[bytes, ...]]:
         # Here and not above: numpy is not needed before the first task.
         from parley_enclave.engine.frames import FrameError
-        from parley_enclave.serve import Serve, Unserved
+        from parley_enclave.serve import Serve, UnservedError
 
         serve = Serve(connection)
         try:
             if parcel.fields[0] == "admit":
                 return ["done"], self._admit(parcel, serve)
             return ["done"], self._scan(parcel, serve)
-        except Unserved:
+        except UnservedError:
             return ["unserved"], ()
         except FrameError:
             return ["refused", "frame"], ()
         except RefusedError as refusal:
             return ["refused", refusal.code], ()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not end the thread
             return ["failed", _place(error)], ()
 
     def _admit(self, parcel: Parcel, serve: Any) -> tuple[bytes, ...]:
@@ -131,7 +132,7 @@ def _place(error: BaseException) -> str:
         trace = trace.tb_next
     if trace is None:
         return type(error).__name__
-    return f"{type(error).__name__} at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+    return f"{type(error).__name__} at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
 
 
 def _end_with(control: socket.socket) -> None:
