@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -26,15 +25,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Final
 
-from parley_protocol import limits
-
-from parley_deploy.nsm import LocalRoot, SimulatedNsm, image_measurements
+from parley_deploy.nsm import LocalRoot, SimulatedNsm, image_measurements, serve
 
 START_SECONDS: Final = 30
 """How long an enclave may take to listen: it imports numpy on a machine that may be busy."""
 SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux."""
-_LENGTH: Final = struct.Struct(">I")
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -106,7 +102,7 @@ def _detached(options: argparse.Namespace, folder: Path, tell: int) -> int:
     for name in ("enclave.sock", "nsm.sock", "enclave.pid"):
         (folder / name).unlink(missing_ok=True)
     nsm = SimulatedNsm.create(LocalRoot.load(options.root), image_measurements(options.tree))
-    server = serve(folder / "nsm.sock", nsm.request)
+    server = _listen(folder / "nsm.sock", nsm)
     (folder / "nsm.pid").write_text(f"{os.getpid()}\n")
     enclave = _start_enclave(options, folder, log)
     (folder / "enclave.pid").write_text(f"{enclave.pid}\n")
@@ -188,28 +184,12 @@ def _start_enclave(options: argparse.Namespace, folder: Path, log: IO[str]) -> s
     )
 
 
-def serve(path: Path, request: Callable[[bytes], bytes]) -> socket.socket:
-    """Answers messages at a Unix socket (u32 big-endian length, message) by threads; close the socket to end."""
+def _listen(path: Path, nsm: SimulatedNsm) -> socket.socket:
+    """The module behind a Unix socket, each connection in a thread; close the socket to end."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
-    os.chmod(path, 0o600)
+    path.chmod(0o600)
     listener.listen(16)
-    lock = threading.Lock()
-
-    def answer(connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as messages:
-            while header := messages.read(_LENGTH.size):
-                if len(header) < _LENGTH.size:
-                    return
-                (length,) = _LENGTH.unpack(header)
-                if length > limits.NSM_REQUEST_BYTES:
-                    return
-                message = messages.read(length)
-                if len(message) < length:
-                    return
-                with lock:
-                    response = request(message)
-                connection.sendall(_LENGTH.pack(len(response)) + response)
 
     def accept() -> None:
         while True:
@@ -217,7 +197,7 @@ def serve(path: Path, request: Callable[[bytes], bytes]) -> socket.socket:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=serve, args=(nsm, connection), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     return listener

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -78,3 +79,165 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """What members' commands need to find the coordinator without options, once it runs."""
         return {"PARLEY_CERT": str(self.certificate)}
+
+    @classmethod
+    def made(cls, folder: Path, *, listen: str = "127.0.0.1:7443", workers: int | None = None) -> Stack:
+        """The stack of a folder, made where it is not there: root, measurements of the installed enclave, configuration,
+        TLS certificate. Nothing runs yet."""
+        from parley_coordinator import config, tls
+
+        from parley_deploy.measure import image_measurements, measurements_json
+        from parley_deploy.pki import LocalRoot
+
+        stack = cls(folder.resolve())
+        stack.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stack.root_certificate.write_bytes(LocalRoot.load_or_create(stack.root).pem)
+        stack.measurements.write_text(measurements_json(image_measurements()), "utf-8")
+        file = stack.folder / config.FILE
+        if not file.exists():
+            text = config.TEMPLATE.format(listen=listen)
+            if workers is not None:
+                text = text.replace("# workers = 2 ", f"workers = {workers}   ")
+            file.write_text(text, "utf-8")
+        if not stack.certificate.exists():
+            tls.make(stack.certificate, stack.folder / "tls.key", [], datetime.now(UTC))
+        return stack
+
+    def allow(self, public_files: Iterable[Path]) -> None:
+        """Lets these members put agreements and open sessions."""
+        for path in public_files:
+            self._coordinator("operators", "add", str(path))
+
+    def start(self) -> None:
+        """Starts the coordinator, detached, and waits until it answers; nothing where it runs already."""
+        if self.pid is not None:
+            return
+        (self.folder / "address").unlink(missing_ok=True)
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "parley_coordinator", "run", "--config", str(self.folder / "coordinator.toml")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        (self.folder / "coordinator.pid").write_text(f"{process.pid}\n")
+        end = time.monotonic() + START_SECONDS
+        while not (self.folder / "address").exists():
+            if process.poll() is not None or time.monotonic() > end:
+                process.kill()
+                process.wait()
+                (self.folder / "coordinator.pid").unlink(missing_ok=True)
+                raise StackError(f"the coordinator did not start; see {self.folder / 'log'}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Ends the coordinator and its enclaves; nothing where they have ended."""
+        pid = self.pid
+        if pid is not None:
+            _end(pid)
+            (self.folder / "coordinator.pid").unlink(missing_ok=True)
+        for name in ("nsm.pid", "enclave.pid"):
+            for path in sorted((self.folder / "enclaves").glob(f"*/{name}")):
+                with suppress(FileNotFoundError, ValueError):
+                    _end(int(path.read_text()))
+
+
+def _end(pid: int) -> None:
+    """SIGTERM, and SIGKILL for a process that is still there after its grace."""
+    end = time.monotonic() + STOP_SECONDS
+    try:
+        os.kill(pid, signal.SIGTERM)
+        while time.monotonic() < end:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            os.kill(pid, 0)
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+DirOption = Annotated[Path, typer.Option("--dir", help="The folder of the stack.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(
+    help="A coordinator with simulated enclaves on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def up(
+    folder: DirOption = Path("parley-local"),
+    listen: Annotated[str, typer.Option(help="Address and port of a new stack; port 0 takes a free one.")] = "127.0.0.1:7443",
+    allow: Annotated[
+        list[Path] | None, typer.Option(help="Public key of a member that may put agreements and open sessions; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the folder where it is not there, start the coordinator, and say what to type next."""
+    with _reported():
+        stack = Stack.made(folder, listen=listen)
+        stack.allow(allow or [])
+        stack.start()
+        if as_json:
+            typer.echo(json.dumps(_state(stack)))
+            return
+        typer.echo(f"coordinator  {stack.address}, certificate {stack.certificate}")
+        typer.echo(f"root         {stack.root_certificate}   SIMULATED: no hardware protects anything here")
+        typer.echo(f"measured     {stack.measurements}")
+        typer.echo("\nnext, as a member who was allowed with --allow:")
+        typer.echo(f"  export PARLEY_COORDINATOR={stack.address} PARLEY_CERT={stack.certificate}")
+        typer.echo("  parley agreement new mine            # a draft; name the root and the measurements above in it")
+        typer.echo("  parley agreement put mine.yaml")
+
+
+@app.command()
+def down(folder: DirOption = Path("parley-local")) -> None:
+    """Stop the coordinator and its enclaves. The folder stays, and comes up again with the same keys."""
+    with _reported():
+        Stack(folder.resolve()).stop()
+    typer.echo(f"stopped      {folder}")
+
+
+@app.command()
+def status(folder: DirOption = Path("parley-local"), as_json: JsonOption = False) -> None:
+    """Say whether the coordinator runs, and which enclaves. Exit code 4 where it does not."""
+    with _reported():
+        stack = Stack(folder.resolve())
+        state = _state(stack)
+        if as_json:
+            typer.echo(json.dumps(state))
+        elif state["pid"] is None:
+            typer.echo(f"stopped      {folder}")
+        else:
+            typer.echo(f"coordinator  {state['address']}, process {state['pid']}")
+            typer.echo(f"enclaves     {len(state['enclaves'])}")
+        if state["pid"] is None:
+            raise typer.Exit(4)
+
+
+def _state(stack: Stack) -> dict[str, Any]:
+    running = stack.pid is not None
+    return {
+        "folder": str(stack.folder),
+        "pid": stack.pid,
+        "address": stack.address if running else None,
+        "certificate": str(stack.certificate),
+        "root": str(stack.root_certificate),
+        "measurements": str(stack.measurements),
+        "enclaves": sorted(path.parent.name for path in (stack.folder / "enclaves").glob("*/enclave.sock")),
+    }
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    try:
+        yield
+    except StackError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(4) from None

@@ -11,20 +11,26 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points, version
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated, Any, Final, ParamSpec
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from parley.cli.exits import Exit, describe, epilog
 
 P = ParamSpec("P")
 
 ENTRY_POINTS: Final = "parley.commands"
+PLUGIN_HELP: Final = {
+    "demo": "Whole computations on real data, on this machine.",
+    "local": "A coordinator with simulated enclaves on this machine.",
+}
+"""Lines of help for commands of other roles, so that they are listed without being loaded."""
 SETTINGS: Final[dict[str, Any]] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-def make_app(help_text: str) -> typer.Typer:
+def make_app(help_text: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
     """A group of commands with the settings that all groups share."""
     return typer.Typer(
         help=help_text,
@@ -33,6 +39,7 @@ def make_app(help_text: str) -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings=SETTINGS,
+        cls=cls,
     )
 
 
@@ -87,9 +94,40 @@ def _debug() -> bool:
     return os.environ.get("PARLEY_DEBUG", "") not in ("", "0")
 
 
+class _Plugins(TyperGroup):
+    """The commands of this package, and by name those of installed roles, which are loaded when they run."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, this package's own first."""
+        own = super().list_commands(ctx)
+        return [*own, *(name for name in sorted(_plugins()) if name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, for a plug-in a stand-in that knows its line of help."""
+        own = super().get_command(ctx, cmd_name)
+        if own is None and cmd_name in _plugins():
+            return TyperCommand(cmd_name, help=PLUGIN_HELP.get(cmd_name, f"From {_plugins()[cmd_name].module}."))
+        return own
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that runs, loaded where it is a plug-in's."""
+        name = args[0]
+        if super().get_command(ctx, name) is None and name in _plugins():
+            loaded = typer.main.get_command(_plugins()[name].load())
+            loaded.name = name
+            return name, loaded, args[1:]
+        return super().resolve_command(ctx, args)
+
+
+@functools.cache
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
 app = make_app(
     "Compute together over data that nobody shows to anybody.\n\n"
-    "A first session: keygen, contact add, agreement sign, submit, fetch, show. `parley demo flights` shows all of it."
+    "A first session: keygen, contact add, agreement sign, submit, fetch, show. `parley demo flights` shows all of it.",
+    _Plugins,
 )
 
 
@@ -116,10 +154,6 @@ def build() -> typer.Typer:
 
     for module in (members, agreements, sessions, releases, keeping):
         module.register(app)
-    known = {group.name for group in app.registered_groups} | {item.name for item in app.registered_commands}
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        if point.name not in known:
-            app.add_typer(point.load(), name=point.name)
     return app
 
 
