@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from support.image_tree import ImageTree, make_image_tree
+
 settings.register_profile("parley", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("parley")
 
@@ -15,3 +17,9 @@ settings.load_profile("parley")
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> ImageTree:
+    """The tree of the image with an interpreter that has the image's locked packages only."""
+    return make_image_tree(tmp_path_factory.mktemp("image"))
