@@ -6,7 +6,6 @@ bytes of X25519. A sealed message is the 1,120 bytes of the encapsulation, then 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Final
 
@@ -67,7 +66,7 @@ class SealingKey:
         raise TypeError("a private key is not pickled")
 
 
-def generate_sealing_key(random: Callable[[int], bytes] = secrets.token_bytes) -> SealingKey:
+def generate_sealing_key(random: Callable[[int], bytes]) -> SealingKey:
     """A fresh private key; `.public` are the 1,216 bytes that others seal to."""
     return SealingKey(random(PRIVATE_BYTES))
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -40,7 +39,9 @@ _ENCRYPTED_BLOCK: Final = "PARLEY ENCRYPTED IDENTITY"
 _SIGNING_BYTES: Final = 32
 _SALT_BYTES: Final = 16
 _NONCE_BYTES: Final = 12
-_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z ]{1,64})-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END ([A-Z ]{1,64})-----[ \t]*(?:\r?\n|\Z)")
+_BLOCK: Final = re.compile(
+    rb"-----BEGIN ([A-Z ]{1,64})-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END ([A-Z ]{1,64})-----[ \t]*(?:\r?\n|\Z)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class PrivateIdentity:
         self.public = PublicIdentity(signing.public_key().public_bytes_raw(), sealing.public)
 
     @classmethod
-    def generate(cls, random: Random = secrets.token_bytes) -> Self:
+    def generate(cls, random: Random) -> Self:
         """Fresh keys from `random`, which gives as many unpredictable bytes as it is asked for."""
         return cls(Ed25519PrivateKey.from_private_bytes(random(_SIGNING_BYTES)), SealingKey(random(PRIVATE_BYTES)))
 
@@ -110,6 +111,11 @@ class PrivateIdentity:
     def open(self, sealed: bytes, info: bytes) -> bytes:
         """What was sealed to this member for `info`; VerificationError idn-4, code "key", where nothing was."""
         return self._sealing.open(sealed, info)
+
+    def private_blocks(self) -> tuple[bytes, bytes]:
+        """The signing key in PKCS#8 and the raw sealing key, for `dump_private` and nothing else."""
+        signing = self._signing.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+        return signing, self._sealing.private_bytes()
 
     def derive(self, label: bytes, context: bytes, length: int) -> bytes:
         """`length` secret bytes that only this member can make, the same every time for the same label and context."""
@@ -136,12 +142,10 @@ def load_public(data: bytes) -> PublicIdentity:
     return PublicIdentity.from_bytes(blocks[0][1])
 
 
-def dump_private(
-    identity: PrivateIdentity, passphrase: str | None = None, *, random: Random = secrets.token_bytes
-) -> bytes:
+def dump_private(identity: PrivateIdentity, passphrase: str | None = None, *, random: Random) -> bytes:
     """The file of a private identity, for nobody else to read; `random` gives salt and nonce."""
-    signing = identity._signing.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    plain = _pem(_SIGNING_BLOCK, signing) + _pem(_SEALING_BLOCK, identity._sealing.private_bytes())
+    signing, sealing = identity.private_blocks()
+    plain = _pem(_SIGNING_BLOCK, signing) + _pem(_SEALING_BLOCK, sealing)
     if passphrase is None:
         return plain
     salt, nonce = random(_SALT_BYTES), random(_NONCE_BYTES)
@@ -171,8 +175,7 @@ def load_private(data: bytes, passphrase: str | None = None) -> PrivateIdentity:
 def _signing_key(der: bytes) -> Ed25519PrivateKey:
     try:
         key = load_der_private_key(der, None)
-    except Exception:
-        # Whatever the parser finds wrong is one thing here, and its messages may quote what they read.
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise MalformedError("the signing key is no PKCS#8 key") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise MalformedError("the signing key is not an Ed25519 key")
@@ -206,7 +209,9 @@ def _passphrase_key(passphrase: str, salt: bytes) -> bytes:
 def _pem(name: str, data: bytes) -> bytes:
     text = base64.b64encode(data)
     lines = [text[start : start + 64] for start in range(0, len(text), 64)]
-    return b"".join([f"-----BEGIN {name}-----\n".encode(), *(line + b"\n" for line in lines), f"-----END {name}-----\n".encode()])
+    return b"".join(
+        [f"-----BEGIN {name}-----\n".encode(), *(line + b"\n" for line in lines), f"-----END {name}-----\n".encode()]
+    )
 
 
 def _blocks(data: bytes) -> list[tuple[str, bytes]]:

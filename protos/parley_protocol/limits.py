@@ -150,6 +150,8 @@ OUTPUT_VALUES: Final = 1_600_000
 """Cells times columns of an output: its plaintext stays within OUTPUT_BYTES."""
 REFERENCED_FILE_BYTES: Final = 16 << 20
 """A file that an agreement names: a domain of the greatest size fits."""
+SIGNED_AGREEMENT_BYTES: Final = AGREEMENT_BYTES + MEMBERS * 1024
+"""The same with a signature of each member."""
 
 # Identities
 
@@ -194,5 +196,5 @@ RANGE_GROUPS: Final = 16
 
 # Client
 
-TEXT_LINE_BYTES: Final = 4 << 20
+TEXT_LINE_BYTES: Final = 2 * 10**6
 """One line of a CSV file: a table of 256 columns is far below; a cell of 10 MB is an open quote or no table at all."""

@@ -380,7 +380,7 @@ def agreement_of(
 
 def identities(names: Iterable[str]) -> dict[str, PrivateIdentity]:
     """Fresh keys for members."""
-    return {name: PrivateIdentity.generate() for name in names}
+    return {name: PrivateIdentity.generate(os.urandom) for name in names}
 
 
 def signed(agreement: Agreement, members: Mapping[str, PrivateIdentity], head: bytes = GENESIS) -> pb.SignedAgreement:

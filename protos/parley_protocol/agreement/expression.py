@@ -171,18 +171,7 @@ class Not:
 
 
 Node: TypeAlias = (
-    ColumnNode
-    | Literal
-    | Rescale
-    | ToFloat
-    | Negate
-    | Arithmetic
-    | Compare
-    | Membership
-    | IsNull
-    | And
-    | Or
-    | Not
+    ColumnNode | Literal | Rescale | ToFloat | Negate | Arithmetic | Compare | Membership | IsNull | And | Or | Not
 )
 
 
@@ -249,7 +238,7 @@ class Scope:
 
 
 def nearest(name: str, names: Sequence[str] | Mapping[str, object]) -> str:
-    """" (did you mean 'x'?)", or nothing where no name is near."""
+    """ " (did you mean 'x'?)", or nothing where no name is near."""
     # Bounded, because the texts come from others and the search takes time with the square of the length.
     from difflib import get_close_matches
 
@@ -381,7 +370,9 @@ class _Typing:
             # The other side says what the text is; CATEGORY is a placeholder until then.
             return _Typed(Literal(0, Kind.CATEGORY), text=tree.value)
         if type(tree.value) not in (int, float):
-            raise self.fail("None is written null" if tree.value is None else "is not a number, a text or a truth value", tree)
+            raise self.fail(
+                "None is written null" if tree.value is None else "is not a number, a text or a truth value", tree
+            )
         try:
             number = Decimal((ast.get_source_segment(self.text, tree) or "").replace("_", ""))
         except ArithmeticError:
@@ -571,5 +562,3 @@ _NAMES: Final[Sequence[tuple[type[ast.expr], str]]] = (
 
 def _called(tree: ast.expr) -> str:
     return next((name for kind, name in _NAMES if isinstance(tree, kind)), "this")
-
-

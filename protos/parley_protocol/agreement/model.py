@@ -16,8 +16,7 @@ from typing import Final
 
 from parley_protocol.agreement import expression
 from parley_protocol.agreement.schema import Column, ColumnRef, ColumnType, Physical, Table
-from parley_protocol.encoding import Value as CborValue
-from parley_protocol.encoding import encode, sha384
+from parley_protocol.encoding import Encodable, encode, sha384
 from parley_protocol.identity import PublicIdentity
 
 __all__ = [
@@ -120,9 +119,9 @@ class Measurement:
         """The first millisecond at which it is no longer accepted."""
         return None if self.until is None else end_of_day_ms(self.until)
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """Its part of the canonical form."""
-        form: dict[str, CborValue] = {"PCR0": self.pcr0, "PCR1": self.pcr1, "PCR2": self.pcr2}
+        form: dict[str, Encodable] = {"PCR0": self.pcr0, "PCR1": self.pcr1, "PCR2": self.pcr2}
         if self.pcr8 is not None:
             form["PCR8"] = self.pcr8
         if self.until is not None:
@@ -162,9 +161,9 @@ class Grouping:
         """How many values it has, null included."""
         return len(self.labels)
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """Its part of the canonical form."""
-        form: dict[str, CborValue] = {"name": self.name, "column": self.ref.text}
+        form: dict[str, Encodable] = {"name": self.name, "column": self.ref.text}
         if self.edges:
             form["edges"] = [self.ref.column.text_of(edge) for edge in self.edges]
             form["labels"] = [label for label in self.labels if label is not None]
@@ -230,9 +229,9 @@ class Output:
         if self.where is not None:
             yield from self.where.refs
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """Its part of the canonical form."""
-        form: dict[str, CborValue] = {
+        form: dict[str, Encodable] = {
             "name": self.name,
             "kind": str(self.kind),
             "from": self.table,
@@ -262,7 +261,7 @@ class Rules:
         """How many parties must contribute before anything can be shown."""
         return self.min_parties + (self.coalition or 0)
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """Its part of the canonical form."""
         coalition = "all" if self.coalition is None else self.coalition
         return {"min_units": self.min_units, "min_parties": self.min_parties, "coalition": coalition}
@@ -280,9 +279,9 @@ class Session:
     max_releases: int
     consent: Consent
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """Its part of the canonical form."""
-        return {
+        form: dict[str, Encodable] = {
             "start": list(self.start),
             "quorum": self.quorum,
             "deadline": self.deadline_ms,
@@ -290,6 +289,7 @@ class Session:
             "max_releases": self.max_releases,
             "consent": str(self.consent),
         }
+        return form
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -361,9 +361,9 @@ class Agreement:
         """The names of the tables that `party` brings, sorted by name: the order of its uploads in a join."""
         return tuple(sorted(name for name, table in self.tables.items() if party in table.parties))
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """The canonical form before it is encoded: defaults filled in, groups and references resolved."""
-        form: dict[str, CborValue] = {
+        form: dict[str, Encodable] = {
             "parley": LANGUAGE,
             "version": self.version,
             "title": self.title,

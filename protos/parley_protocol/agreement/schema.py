@@ -15,8 +15,7 @@ from enum import StrEnum
 from typing import Final
 
 from parley_protocol import limits
-from parley_protocol.encoding import Value as CborValue
-from parley_protocol.encoding import encode, sha384
+from parley_protocol.encoding import Encodable, encode, sha384
 
 Physical = int | float
 """A value as it stands in the sealed table."""
@@ -73,7 +72,7 @@ _NULLS: Final[dict[ColumnType, Physical]] = {
 }
 
 
-def widest(kind: ColumnType, scale: int = 0) -> tuple[Physical, Physical]:
+def widest(kind: ColumnType) -> tuple[Physical, Physical]:
     """The (low, high) of a ranged column that states none; a float has no such range."""
     if kind is ColumnType.DATE:
         return _DATE_LOW, _DATE_HIGH
@@ -201,9 +200,9 @@ class Column:
             return "true" if value else "false"
         return text_of(self.type, value, self.scale)
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """The column's part of the canonical form: what is absent has no key, bounds are text."""
-        form: dict[str, CborValue] = {"name": self.name, "type": str(self.type), "null": self.null}
+        form: dict[str, Encodable] = {"name": self.name, "type": str(self.type), "null": self.null}
         if self.type in RANGED:
             assert self.low is not None and self.high is not None
             form["min"], form["max"] = self.text_of(self.low), self.text_of(self.high)
@@ -235,7 +234,7 @@ class Table:
     @property
     def schema_digest(self) -> bytes:
         """SHA-384 of what a sealed table of this kind is: name, key, multiplicity, columns; not who brings it."""
-        columns: CborValue = [column.to_value() for column in self.columns]
+        columns: Encodable = [column.to_value() for column in self.columns]
         return sha384(encode(["parley/1/schema", self.name, self.key, self.rows_per_unit, columns]))
 
     def column(self, name: str) -> Column | None:
@@ -249,15 +248,16 @@ class Table:
                 return ColumnRef(self.name, column, number, column.null or left)
         return None
 
-    def to_value(self) -> CborValue:
+    def to_value(self) -> Encodable:
         """The table's part of the canonical form."""
-        return {
+        form: dict[str, Encodable] = {
             "name": self.name,
             "from": list(self.parties),
             "key": self.key,
             "rows_per_unit": self.rows_per_unit,
             "columns": [column.to_value() for column in self.columns],
         }
+        return form
 
 
 @dataclass(frozen=True, slots=True)
