@@ -2,7 +2,7 @@
 
 The protected header is exactly {1: -8} (EdDSA; here Ed25519, RFC 9053) or {1: -35} (ES384, r ‖ s of 48 bytes each). All
 members and session keys sign with Ed25519; ES384 is what an NSM signs its documents with. An ECDSA signature has a twin
-(r, n-s) that verifies too, and AWS does not forbid it: so nothing is ever named or compared by the bytes of an envelope.
+(r, n-s) that verifies too, and AWS does not forbid it: so nothing is ever named or compared by the bytes of an envelope (enc-10).
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def payload_unverified(cose: bytes, *, limit: int = limits.CBOR_BYTES) -> bytes:
 def parse(cose: bytes, *, limit: int = limits.CBOR_BYTES) -> Envelope:
     """The parts of a COSE_Sign1 whose signature nobody has checked; MalformedError where `cose` is none."""
     value = decode(cose, limit=limit + _OVERHEAD)
+    # enc-9
     if type(value) is not list or len(value) != 4:
         raise MalformedError("COSE_Sign1: not an array of four")
     protected, unprotected, payload, signature = value

@@ -39,23 +39,23 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def encode(value: Encodable) -> bytes:
-    """The one encoding of `value`; MalformedError where it has a type or a size that cannot be encoded."""
+    """The one encoding of `value` (enc-1); MalformedError where it has a type or a size that cannot be encoded."""
     out = bytearray()
     _write(out, value, limits.CBOR_DEPTH)
     return bytes(out)
 
 
 def decode(data: bytes | bytearray | memoryview, *, limit: int = limits.CBOR_BYTES, foreign: bool = False) -> Value:
-    """The value that `data` encodes, all of it; MalformedError for anything that `encode` would not have written.
+    """The value that `data` encodes, all of it; MalformedError for anything that `encode` would not have written (enc-2).
 
     `limit` is the greatest length of `data`. `foreign` is for what an NSM writes: it accepts maps whose keys are in any
     order and maps of indefinite length (a quarter of the known documents have one). All other rules stay.
     """
-    if len(data) > limit:
+    if len(data) > limit:  # enc-6
         raise MalformedError(f"more than {limit} bytes")
     reader = _Reader(bytes(data), foreign)
     value = reader.value(limits.CBOR_DEPTH)
-    if reader.position != len(reader.data):
+    if reader.position != len(reader.data):  # enc-6
         raise MalformedError("trailing bytes")
     return value
 
@@ -135,7 +135,7 @@ def _text(value: str) -> bytes:
 
 
 def _deeper(depth: int) -> int:
-    if depth == 0:
+    if depth == 0:  # enc-7
         raise MalformedError(f"nested deeper than {limits.CBOR_DEPTH}")
     return depth - 1
 
@@ -176,6 +176,7 @@ class _Reader:
             return True
         if initial == _NULL:
             return None
+        # enc-3
         raise MalformedError("a tag" if major == 6 else "a float or another simple value")
 
     def _map(self, info: int, depth: int) -> Value:
@@ -198,7 +199,7 @@ class _Reader:
                 key = self._argument(initial & 31)
             else:
                 raise MalformedError("a key of a map is neither text nor a non-negative integer")
-            if kind is not None and type(key) is not kind:
+            if kind is not None and type(key) is not kind:  # enc-5
                 raise MalformedError("keys of a map are of different types")
             kind = type(key)
             if key in result:
@@ -229,6 +230,7 @@ class _Reader:
             raise MalformedError("indefinite length or reserved value")
         width = 1 << (info - 24)
         argument = int.from_bytes(self._take(width), "big")
+        # enc-4
         if argument < (24 if width == 1 else 1 << (width * 4)):
             raise MalformedError("integer or length is not minimal")
         return argument

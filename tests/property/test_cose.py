@@ -11,15 +11,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+
 from parley_protocol import cose
 from parley_protocol.encoding import Value, decode, encode
 from parley_protocol.errors import MalformedError, VerificationError
 
 ED = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 EC = generate_private_key(SECP384R1())
-P384_ORDER = int(
-    "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16
-)
+P384_ORDER = int("ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16)
 
 
 def parts(signed: bytes) -> list[Value]:
@@ -92,7 +91,12 @@ def test_enc_9_refuses_tag_18_and_a_fifth_element() -> None:
 
 
 def test_enc_8_refuses_another_key_and_another_algorithm_at_the_step_of_the_caller() -> None:
-    for signer, checker in ((ED, Ed25519PrivateKey.generate()), (ED, EC), (EC, ED), (EC, generate_private_key(SECP384R1()))):
+    for signer, checker in (
+        (ED, Ed25519PrivateKey.generate()),
+        (ED, EC),
+        (EC, ED),
+        (EC, generate_private_key(SECP384R1())),
+    ):
         with pytest.raises(VerificationError) as refusal:
             cose.verify(cose.sign(b"payload", signer), checker.public_key(), step="rcp-1")
         assert (refusal.value.step, refusal.value.code) == ("rcp-1", "signature")

@@ -6,6 +6,7 @@ import cbor2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from parley_protocol import limits
 from parley_protocol.encoding import Value, decode, encode, sha384
 from parley_protocol.errors import MalformedError
@@ -101,7 +102,18 @@ def test_enc_3_refuses_floats_and_tags() -> None:
     for data in ("f93c00", "c240"):
         with pytest.raises(MalformedError):
             decode(bytes.fromhex(data))
-    for value in (1.0, (1,), {1, 2}, bytearray(b""), 1 << 64, -(1 << 63) - 1, "\ud800", {1: 0, "a": 0}, {True: 0}, {-1: 0}):
+    for value in (
+        1.0,
+        (1,),
+        {1, 2},
+        bytearray(b""),
+        1 << 64,
+        -(1 << 63) - 1,
+        "\ud800",
+        {1: 0, "a": 0},
+        {True: 0},
+        {-1: 0},
+    ):
         with pytest.raises(MalformedError):
             encode(value)  # type: ignore[arg-type]
 

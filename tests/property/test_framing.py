@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from parley_protocol.errors import MalformedError
 from parley_protocol.framing import Frame, FrameReader, buffers, header, pack
 

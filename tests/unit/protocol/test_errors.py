@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+
 from parley_protocol import errors
 
 EXAMPLES: list[errors.ParleyError] = [
