@@ -25,7 +25,7 @@ from parley_protocol.attestation.verify import (
     verify_live,
     verify_statement,
 )
-from parley_protocol.encoding import decode, encode
+from parley_protocol.encoding import Value, decode, encode
 from parley_protocol.errors import AgreementError, MalformedError, VerificationError
 from support.documents import (
     AGREEMENT,
@@ -125,7 +125,8 @@ def test_att_1_refuses_what_is_no_envelope(data: bytes) -> None:
 def test_att_1_refuses_an_unprotected_header() -> None:
     envelope = decode(document())
     assert type(envelope) is list
-    envelope[1] = {4: b"kid"}
+    header: Value = {4: b"kid"}
+    envelope[1] = header
     refuses("att-1", encode(envelope), "malformed")
 
 
@@ -526,9 +527,8 @@ def test_att_18_refuses_another_key(value: bytes | None) -> None:
 def test_the_two_results_cannot_stand_for_each_other_nor_be_made_by_hand() -> None:
     enclave, statement = live(document()), stated(document())
     assert not isinstance(enclave, VerifiedStatement) and not isinstance(statement, VerifiedEnclave)
-    assert enclave != statement
-    with pytest.raises((TypeError, ValueError)):
-        dataclasses.replace(enclave, module_id="other")
+    with pytest.raises(ValueError, match="token"):
+        dataclasses.replace(enclave, module_id="other")  # type: ignore[call-arg]
     fields = {field.name: getattr(statement, field.name) for field in dataclasses.fields(statement)}
     for kind in (VerifiedEnclave, VerifiedStatement):
         with pytest.raises(TypeError, match="from the verifier"):

@@ -91,8 +91,8 @@ def test_att_13_and_att_14_no_real_document_passes_a_policy_of_another_image(vec
             function(  # type: ignore[operator]
                 vector.data,
                 policy=policy,
-                user_data=found.user_data,
-                public_key=found.public_key,
+                user_data=found.user_data or b"",
+                public_key=found.public_key or b"",
                 now_ms=at_ms,
                 **extra,
             )
