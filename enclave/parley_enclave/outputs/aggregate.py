@@ -1,0 +1,502 @@
+"""The output kind `aggregate`: cells of declared values, and in each counts, distinct units, sums, means and variances.
+
+Counts, units and sums of whole numbers and decimals are exact. Floats: each window in two passes (its mean, then deviations
+from it), windows and ranges merged by Chan, Golub and LeVeque's formula, sums with Neumaier's compensation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parley_enclave.engine import disclosure
+from parley_enclave.engine.checks import is_null
+from parley_enclave.engine.expression import holds
+from parley_enclave.engine.frames import starts
+from parley_enclave.engine.partial import State
+from parley_protocol.agreement.model import Agreement, Function, Grouping, JoinKind, Output, Value, effective
+from parley_protocol.agreement.schema import BOOL_NULL, ColumnRef, ColumnType
+from parley_protocol.output import (
+    COUNT_TYPE,
+    DECIMAL_TYPE,
+    FLOAT_TYPE,
+    LABEL_TYPE,
+    Cell,
+    OutputColumn,
+    OutputTable,
+    Reason,
+)
+
+if TYPE_CHECKING:
+    from parley_enclave.engine.windows import Window
+
+Codes = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_LIMB: Final = 32
+_MASK: Final = np.uint64((1 << _LIMB) - 1)
+_SUM_LIMBS: Final = 4
+_SQUARE_LIMBS: Final = 6
+_EXACT_ROWS: Final = 1 << 20
+"""Limbs below 2^32 of so many rows add up exactly in a float64."""
+_FEW_EDGES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A column with a sum, mean or variance. `basis`: the number of its contributing rows among the bases."""
+
+    ref: ColumnRef
+    basis: int
+    squares: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether its sums are of whole numbers."""
+        return self.ref.column.type is not ColumnType.FLOAT
+
+    @property
+    def low(self) -> int:
+        """What is taken off each whole number, so that none is negative; it is added again at the end."""
+        return int(self.ref.column.low or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """The rows of a window that an output looks at, sorted by key. `first`: whether a row is the first of its unit;
+    `unique`: whether all are; `codes`: cell and party in one number; `column`: the values of a column for these rows."""
+
+    cells: Codes
+    codes: Codes
+    first: NDArray[np.bool_]
+    unique: bool
+    column: Callable[[ColumnRef], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """What the rows of a basis in one window add up to. `rows`: by cell. For each party of each unit in each cell: `codes`,
+    its cell and party, and `sharing`, how many parties the unit has there (None: one, always). `units`: the cell of each
+    unit in each cell (None: as `rows`)."""
+
+    rows: Codes
+    codes: Codes
+    sharing: Codes | None
+    units: Codes | None
+
+
+class Aggregate:
+    """One aggregate of an agreement. A *basis* is a set of contributing rows: all rows, or those where a column is not null."""
+
+    def __init__(self, agreement: Agreement, output: Output, uploads: int) -> None:
+        """`uploads`: how many parties' uploads of the output's own table are in the scan."""
+        self._agreement = agreement.digest
+        self._output = output
+        self._rules = effective(agreement)
+        self._parties = uploads
+        self._party_bits = max(0, uploads - 1).bit_length()
+        self._cells = output.rows
+        self._cell_bits = max(0, self._cells - 1).bit_length()
+        self._depth = disclosure.depth(self._rules, uploads)
+        bases: dict[ColumnRef | None, int] = {}
+        for value in output.values:
+            bases.setdefault(_basis(value), len(bases))
+        self._bases = bases
+        self._measured = tuple(
+            _Measured(
+                ref,
+                bases[ref if ref.nullable else None],
+                any(each.ref == ref and each.function in (Function.VARIANCE, Function.STD) for each in output.values),
+            )
+            for ref in dict.fromkeys(
+                value.ref for value in output.values if value.ref is not None and value.function is not Function.COUNT
+            )
+        )
+        self._codings = _codings(output.by)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of a state."""
+        counts = len(self._bases) * self._cells * (2 + (self._depth + 1 << self._party_bits))
+        return 8 * (counts + len(self._measured) * self._cells * (_SUM_LIMBS + _SQUARE_LIMBS))
+
+    def zero(self) -> State:
+        """Per basis: rows and units by cell, units by cell and party, and the same for units that exactly m parties share.
+        Per measured column: sum and deviations by cell."""
+        state: State = {}
+        wide = self._cells << self._party_bits
+        for basis in self._bases.values():
+            state[f"rows.{basis}"] = np.zeros(self._cells, np.int64)
+            state[f"units.{basis}"] = np.zeros(self._cells, np.int64)
+            state[f"party_units.{basis}"] = np.zeros(wide, np.int64)
+            state[f"shared.{basis}"] = np.zeros((self._depth, wide), np.int64)
+        for number, measured in enumerate(self._measured):
+            if measured.exact:
+                state[f"sum.{number}"] = np.zeros((_SUM_LIMBS, self._cells), np.int64)
+                if measured.squares:
+                    state[f"squares.{number}"] = np.zeros((_SQUARE_LIMBS, self._cells), np.int64)
+            else:
+                state[f"sum.{number}"] = np.zeros((2, self._cells), np.float64)
+                if measured.squares:
+                    state[f"deviations.{number}"] = np.zeros(self._cells, np.float64)
+        return state
+
+    # Rows to state
+
+    def update(self, state: State, window: Window) -> None:
+        """Adds the rows of a window; every unit is whole in one window."""
+        selection = self._select(window)
+        if not len(selection.cells):
+            return
+        whole: _Tally | None = None
+        for ref, basis in self._bases.items():
+            kept = None if ref is None else np.logical_not(is_null(ref.column, selection.column(ref)))
+            if kept is None or bool(kept.all()):
+                kept = None
+                whole = tally = whole or self._tally(selection, None)
+            else:
+                tally = self._tally(selection, kept)
+            cells = selection.cells if kept is None else selection.cells[kept]
+            for number, measured in enumerate(self._measured):
+                if measured.basis == basis:
+                    values = selection.column(measured.ref)
+                    self._measure(state, number, cells, values if kept is None else values[kept], tally.rows)
+            # After the measures, which need to know how many rows came before.
+            self._count(state, basis, tally)
+
+    def _select(self, window: Window) -> _Selection:
+        output = self._output
+        rows = window.tables[output.table]
+        positions = {join.table: window.positions(output.table, join.table) for join in output.joins}
+        kept: NDArray[np.bool_] | None = None
+        for join in output.joins:
+            if join.kind is JoinKind.INNER:
+                matched = positions[join.table] != window.lookup(join.table).none
+                kept = matched if kept is None else kept & matched
+
+        def every(ref: ColumnRef) -> NDArray[Any]:
+            if ref.table == output.table:
+                return rows.columns[ref.number]
+            return window.lookup(ref.table).column(ref.number)[positions[ref.table]]
+
+        if output.where is not None:
+            true = holds(output.where, every, len(rows))
+            kept = true if kept is None else kept & true
+        keys, parties = rows.keys, rows.parties
+        chosen = None if kept is None or bool(kept.all()) else np.flatnonzero(kept)
+        if chosen is not None:
+            keys, parties = keys[chosen], parties[chosen]
+            positions = {table: found[chosen] for table, found in positions.items()}
+        made: dict[ColumnRef, NDArray[Any]] = {}
+
+        def column(ref: ColumnRef) -> NDArray[Any]:
+            if ref not in made:
+                values = every(ref)
+                made[ref] = values[chosen] if chosen is not None and ref.table == output.table else values
+            return made[ref]
+
+        def joined(ref: ColumnRef) -> NDArray[Any]:
+            return window.lookup(ref.table).column(ref.number)
+
+        cells: Codes | None = None
+        for table, codings in self._codings.items():
+            code = _code(codings, column) if table == output.table else _code(codings, joined)[positions[table]]
+            cells = code if cells is None else cells + code
+        if cells is None:
+            cells = np.zeros(len(keys), np.int64)
+        first = rows.starts if chosen is None else starts(keys)
+        return _Selection(
+            cells=cells,
+            codes=(cells << self._party_bits) | parties,
+            first=first,
+            unique=rows.unique or bool(first.all()),
+            column=column,
+        )
+
+    def _tally(self, selection: _Selection, kept: NDArray[np.bool_] | None) -> _Tally:
+        codes = selection.codes if kept is None else selection.codes[kept]
+        rows = np.bincount(codes >> self._party_bits, minlength=self._cells)
+        if selection.unique:
+            return _Tally(rows, codes, None, None)
+        unit = np.cumsum(selection.first, dtype=np.int64)
+        unit <<= self._cell_bits + self._party_bits
+        codes = codes | (unit if kept is None else unit[kept])
+        # Sorted by unit and by party, and so sorted as a whole wherever a unit has one cell.
+        if bool((codes[1:] < codes[:-1]).any()):
+            codes.sort()
+        codes = codes[starts(codes)]
+        pairs = np.flatnonzero(starts(codes >> self._party_bits))
+        sharing = np.diff(np.append(pairs, len(codes)))
+        codes &= (1 << (self._cell_bits + self._party_bits)) - 1
+        return _Tally(rows, codes, np.repeat(sharing, sharing), codes[pairs] >> self._party_bits)
+
+    def _count(self, state: State, basis: int, tally: _Tally) -> None:
+        state[f"rows.{basis}"] += tally.rows
+        if tally.units is None:
+            state[f"units.{basis}"] += tally.rows
+        else:
+            _add_each(state[f"units.{basis}"], tally.units)
+        _add_each(state[f"party_units.{basis}"], tally.codes)
+        for m, shared in enumerate(state[f"shared.{basis}"], 1):
+            if tally.sharing is not None:
+                _add_each(shared, tally.codes[tally.sharing == m])
+            elif m == 1:
+                _add_each(shared, tally.codes)
+
+    def _measure(self, state: State, number: int, cells: Codes, values: NDArray[Any], rows: Codes) -> None:
+        measured = self._measured[number]
+        if measured.exact:
+            for start in range(0, len(cells), _EXACT_ROWS):
+                part = slice(start, start + _EXACT_ROWS)
+                self._measure_exact(state, number, cells[part], values[part])
+            return
+        sums = self._sums(cells, values)
+        if measured.squares:
+            gone = values - (sums / np.maximum(rows, 1))[cells]
+            deviations = self._sums(cells, gone * gone)
+            before = state[f"rows.{measured.basis}"]
+            total = state[f"sum.{number}"].sum(axis=0)
+            _add_deviations(state[f"deviations.{number}"], before, total, deviations, rows, sums)
+        _add_float(state[f"sum.{number}"], sums)
+
+    def _measure_exact(self, state: State, number: int, cells: Codes, values: NDArray[Any]) -> None:
+        measured = self._measured[number]
+        span = int(measured.ref.column.high or 0) - measured.low
+        # Modulo 2^64, where the difference is not negative and fits.
+        offset = values.astype(np.int64, copy=False).view(np.uint64) - np.uint64(measured.low % (1 << 64))
+        low, high = offset & _MASK, offset >> np.uint64(_LIMB)
+        wide = span >> _LIMB > 0
+        sums = state[f"sum.{number}"]
+        sums[0] += self._limbs(cells, low)
+        if wide:
+            sums[1] += self._limbs(cells, high)
+        _carry(sums)
+        if not measured.squares:
+            return
+        squares = state[f"squares.{number}"]
+        products = [(low * low, 0, 1), (low * high, 1, 2), (high * high, 2, 1)] if wide else [(low * low, 0, 1)]
+        for product, place, times in products:
+            squares[place] += times * self._limbs(cells, product & _MASK)
+            if span * span >> _LIMB:
+                squares[place + 1] += times * self._limbs(cells, product >> np.uint64(_LIMB))
+        _carry(squares)
+
+    def _sums(self, cells: Codes, weights: NDArray[Any]) -> Floats:
+        sums: Any = np.bincount(cells, weights=weights, minlength=self._cells)
+        return np.asarray(sums, np.float64)
+
+    def _limbs(self, cells: Codes, limbs: NDArray[np.uint64]) -> Codes:
+        """Exact sums by cell of numbers below 2^32."""
+        return self._sums(cells, limbs).astype(np.int64)
+
+    # States to one state
+
+    def merge(self, state: State, other: State) -> None:
+        """Adds the state of the next key range."""
+        for number, measured in enumerate(self._measured):
+            sums, added = state[f"sum.{number}"], other[f"sum.{number}"]
+            if measured.exact:
+                sums += added
+                _carry(sums)
+                if measured.squares:
+                    state[f"squares.{number}"] += other[f"squares.{number}"]
+                    _carry(state[f"squares.{number}"])
+                continue
+            if measured.squares:
+                name, rows = f"deviations.{number}", f"rows.{measured.basis}"
+                _add_deviations(state[name], state[rows], sums.sum(axis=0), other[name], other[rows], added.sum(axis=0))
+            _add_float(sums, added[0])
+            sums[1] += added[1]
+        for basis in self._bases.values():
+            for kind in ("rows", "units", "party_units", "shared"):
+                state[f"{kind}.{basis}"] += other[f"{kind}.{basis}"]
+
+    # State to output
+
+    def finish(self, state: State) -> OutputTable:
+        """The output, its rules applied."""
+        hidden = {basis: self._hidden(state, basis) for basis in self._bases.values()}
+        columns = self._labels()
+        reasons = dict.fromkeys(disclosure.ORDER, 0)
+        for value in self._output.values:
+            verdict = hidden[self._bases[_basis(value)]]
+            for place, rule in enumerate(disclosure.ORDER, 1):
+                reasons[rule] += int(np.count_nonzero(verdict == place))
+            shown: list[Cell] = [None] * self._cells
+            for cell in np.flatnonzero(verdict == 0).tolist():
+                shown[cell] = self._shown(state, value, cell)
+            columns.append(OutputColumn(value.name, _TYPES[value.type], tuple(shown)))
+        return OutputTable(
+            agreement=self._agreement,
+            name=self._output.name,
+            kind=str(self._output.kind),
+            columns=tuple(columns),
+            rows=self._cells,
+            reasons=tuple(Reason(rule, values) for rule, values in sorted(reasons.items()) if values),
+        )
+
+    def _hidden(self, state: State, basis: int) -> NDArray[np.int8]:
+        parties = max(1, self._parties)
+        shape = (self._cells, 1 << self._party_bits)
+        evidence = disclosure.Evidence(
+            units=state[f"units.{basis}"],
+            party_units=state[f"party_units.{basis}"].reshape(shape)[:, :parties],
+            shared=state[f"shared.{basis}"].reshape(self._depth, *shape)[:, :, :parties],
+        )
+        return disclosure.hidden_by(evidence, self._rules)
+
+    def _labels(self) -> list[OutputColumn]:
+        columns = []
+        inner, outer = self._cells, 1
+        for grouping in self._output.by:
+            inner //= grouping.size
+            cells = tuple(label for _ in range(outer) for label in grouping.labels for _ in range(inner))
+            columns.append(OutputColumn(grouping.name, LABEL_TYPE, cells))
+            outer *= grouping.size
+        return columns
+
+    def _shown(self, state: State, value: Value, cell: int) -> Cell:
+        """One value; its cell has two units at least, and so two rows."""
+        rows = int(state[f"rows.{self._bases[_basis(value)]}"][cell])
+        if value.function is Function.COUNT:
+            return rows
+        if value.function is Function.UNITS:
+            return int(state[f"units.{self._bases[_basis(value)]}"][cell])
+        number = next(number for number, measured in enumerate(self._measured) if measured.ref == value.ref)
+        measured = self._measured[number]
+        if measured.exact:
+            return _exact_value(value, measured, state, number, cell, rows)
+        if value.function is Function.SUM:
+            return float(state[f"sum.{number}"][:, cell].sum())
+        if value.function is Function.MEAN:
+            return float(state[f"sum.{number}"][:, cell].sum()) / rows
+        variance = float(state[f"deviations.{number}"][cell]) / (rows - 1)
+        return variance if value.function is Function.VARIANCE else math.sqrt(variance)
+
+
+_TYPES: Final = {"count": COUNT_TYPE, "decimal": DECIMAL_TYPE, "float": FLOAT_TYPE}
+
+
+def _exact_value(value: Value, measured: _Measured, state: State, number: int, cell: int, rows: int) -> Cell:
+    """A sum as decimal text; a mean or variance as the float nearest to the exact number."""
+    scale = measured.ref.column.scale
+    offsets = _whole(state[f"sum.{number}"][:, cell])
+    total = offsets + rows * measured.low
+    if value.function is Function.SUM:
+        return decimal_text(total, scale)
+    if value.function is Function.MEAN:
+        return float(Fraction(total, rows * 10**scale))
+    squares = _whole(state[f"squares.{number}"][:, cell])
+    variance = Fraction(rows * squares - offsets * offsets, rows * (rows - 1) * 10 ** (2 * scale))
+    return float(variance) if value.function is Function.VARIANCE else math.sqrt(variance)
+
+
+def decimal_text(scaled: int, scale: int) -> str:
+    """scaled / 10^scale with `scale` digits after the point, exactly."""
+    digits = str(abs(scaled)).rjust(scale + 1, "0")
+    whole, part = (digits[:-scale], "." + digits[-scale:]) if scale else (digits, "")
+    return ("-" if scaled < 0 else "") + whole + part
+
+
+def _basis(value: Value) -> ColumnRef | None:
+    return value.ref if value.ref is not None and value.ref.nullable else None
+
+
+def _whole(limbs: Codes) -> int:
+    return sum(limb << (_LIMB * place) for place, limb in enumerate(limbs.tolist()))
+
+
+def _carry(limbs: Codes) -> None:
+    """Brings every limb but the last below 2^32."""
+    for place in range(len(limbs) - 1):
+        limbs[place + 1] += limbs[place] >> _LIMB
+        limbs[place] &= int(_MASK)
+
+
+def _add_each(counts: Codes, codes: Codes) -> None:
+    """Adds one at each code."""
+    if len(counts) <= 4 * len(codes):
+        counts += np.bincount(codes, minlength=len(counts))
+    else:
+        np.add.at(counts, codes, 1)
+
+
+def _add_float(sums: Floats, added: Floats) -> None:
+    """Neumaier's step: sums[0] is the sum, sums[1] what it has lost."""
+    total = sums[0] + added
+    larger = np.abs(sums[0]) >= np.abs(added)
+    sums[1] += np.where(larger, (sums[0] - total) + added, (added - total) + sums[0])
+    sums[0] = total
+
+
+def _add_deviations(
+    deviations: Floats, rows: Codes, total: Floats, added: Floats, added_rows: Codes, added_total: Floats
+) -> None:
+    """Chan's formula: squared deviations from the mean of two sets of rows together."""
+    both = (rows > 0) & (added_rows > 0)
+    n, m = np.maximum(rows, 1).astype(np.float64), np.maximum(added_rows, 1).astype(np.float64)
+    apart = added_total / m - total / n
+    deviations += added + np.where(both, apart * apart * (n * m / (n + m)), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coding:
+    """How a `by` column becomes its part of the number of the cell: its index times `stride`."""
+
+    grouping: Grouping
+    stride: int
+    table: Codes | None = field(repr=False)
+    """By code, where the column is a category or a bool."""
+
+
+def _codings(by: Sequence[Grouping]) -> dict[str, list[_Coding]]:
+    """By the table that the columns are of. The last `by` column runs fastest."""
+    found: dict[str, list[_Coding]] = {}
+    stride = 1
+    for grouping in reversed(by):
+        column = grouping.ref.column
+        null = grouping.size - 1 if grouping.ref.nullable else 0
+        table = None
+        if column.type is ColumnType.CATEGORY:
+            table = np.array([null, *range(len(column.values))], np.int64) * stride
+        elif column.type is ColumnType.BOOL:
+            table = np.zeros(BOOL_NULL + 1, np.int64)
+            table[1], table[BOOL_NULL] = stride, null * stride
+        found.setdefault(grouping.ref.table, []).append(_Coding(grouping, stride, table))
+        stride *= grouping.size
+    return found
+
+
+def _code(codings: Sequence[_Coding], column: Callable[[ColumnRef], NDArray[Any]]) -> Codes:
+    """The parts of several `by` columns of one table, added."""
+    total: Codes | None = None
+    for coding in codings:
+        grouping = coding.grouping
+        values = column(grouping.ref)
+        if coding.table is not None:
+            part = coding.table[values]
+        else:
+            part = _bin(values, grouping.edges)
+            if grouping.ref.nullable:
+                part[is_null(grouping.ref.column, values)] = grouping.size - 1
+            part *= coding.stride
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _bin(values: NDArray[Any], edges: Sequence[int | float]) -> Codes:
+    """How many edges are not above each value."""
+    if len(edges) > _FEW_EDGES:
+        found: Codes = np.searchsorted(np.array(edges, values.dtype), values, side="right").astype(np.int64, copy=False)
+        return found
+    total = np.zeros(len(values), np.int64)
+    for edge in edges:
+        total += values >= edge
+    return total
