@@ -125,7 +125,7 @@ def test_att_1_refuses_what_is_no_envelope(data: bytes) -> None:
 def test_att_1_refuses_an_unprotected_header() -> None:
     envelope = decode(document())
     assert type(envelope) is list
-    header: Value = {4: b"kid"}
+    header: dict[int, Value] = {4: b"kid"}
     envelope[1] = header
     refuses("att-1", encode(envelope), "malformed")
 
