@@ -159,7 +159,9 @@ def verify_bundle(data: bytes, *, now_ms: int) -> VerifiedBundle:
     if verified.document.public_key != past.offer.signing_key:
         raise VerificationError("bun-6", "the record is signed by another session", code="signature")
     if verified.document.module_id != past.document.module_id or verified.document.timestamp_ms < past.offer.made_at:
-        raise VerificationError("bun-6", "the record comes from another enclave, or from before its offer", code="signature")
+        raise VerificationError(
+            "bun-6", "the record comes from another enclave, or from before its offer", code="signature"
+        )
     verify_record_of_roster(verified.record, past.offer, roster)  # bun-7
     _check_recipients(bundle, agreement)
     tables = {item.output: open_output(verified, item.output, item.salt, item.plaintext) for item in bundle.opened}

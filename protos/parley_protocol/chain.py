@@ -77,7 +77,9 @@ def _follow(
     body = Record.from_bytes(payload_unverified(signed)).body
     agreement = next((version for version in lineage if version.digest == body.agreement), None)
     if agreement is None or agreement.version < state.version:
-        raise VerificationError("chn-1", "a record of an agreement that is not of this series, or older", code="agreement")
+        raise VerificationError(
+            "chn-1", "a record of an agreement that is not of this series, or older", code="agreement"
+        )
     if body.previous != state.head:
         raise VerificationError(
             "chn-2", "a record does not follow the head", code="head", expected=state.head, actual=body.previous

@@ -123,9 +123,13 @@ def verify_offer(
         public_key=statement.signing_key,
         now_ms=now_ms,
     )
-    _require(statement.made_at <= enclave.timestamp_ms, "off-5", "the offer is younger than its document", code="malformed")
+    _require(
+        statement.made_at <= enclave.timestamp_ms, "off-5", "the offer is younger than its document", code="malformed"
+    )
     if statement.head != head:
-        raise VerificationError("off-6", "the offer continues another head", code="head", expected=head, actual=statement.head)
+        raise VerificationError(
+            "off-6", "the offer continues another head", code="head", expected=head, actual=statement.head
+        )
     return VerifiedOffer(agreement, statement, statement.digest, enclave, _TOKEN)
 
 
@@ -140,7 +144,9 @@ def verify_past_offer(agreement: Agreement, offer: bytes, document: bytes, *, no
         nonce_present=True,
         now_ms=now_ms,
     )
-    _require(statement.made_at <= verified.timestamp_ms, "off-5", "the offer is younger than its document", code="malformed")
+    _require(
+        statement.made_at <= verified.timestamp_ms, "off-5", "the offer is younger than its document", code="malformed"
+    )
     return PastOffer(agreement, statement, statement.digest, verified, _TOKEN)
 
 
@@ -340,7 +346,12 @@ def verify_caller(signed: bytes, server: bytes, *, now_ms: int) -> Caller:
     _signed_by(signed, caller.member_key, "cal-1")
     _require(caller.server == server, "cal-2", "made for another server", code="signature")
     left = caller.expires_at - now_ms
-    _require(0 < left <= limits.CALLER_AGE_MS + limits.CLOCK_SKEW_MS, "cal-3", "expired, or valid for too long", code="expired")
+    _require(
+        0 < left <= limits.CALLER_AGE_MS + limits.CLOCK_SKEW_MS,
+        "cal-3",
+        "expired, or valid for too long",
+        code="expired",
+    )
     return caller
 
 

@@ -90,7 +90,9 @@ class Seq:
     def load(self, value: Value, where: str) -> Any:
         if type(value) is not list:
             raise MalformedError(f"{where}: not an array")
-        return tuple(self.item.load(item, f"{where}[{number}]") for number, item in enumerate(self._bounded(value, where)))
+        return tuple(
+            self.item.load(item, f"{where}[{number}]") for number, item in enumerate(self._bounded(value, where))
+        )
 
     def _bounded(self, value: Any, where: str) -> Any:
         if not self.least <= len(value) <= self.most:
@@ -171,4 +173,6 @@ def _load_fields(kind: type[Any], value: Value, where: str) -> Any:
     names = fields(kind)
     if type(value) is not list or len(value) != len(names):
         raise MalformedError(f"{where}: not an array of {len(names)} fields")
-    return kind(*(shape.load(item, f"{where}.{f.name}") for f, shape, item in zip(names, kind.SHAPES, value, strict=True)))
+    return kind(
+        *(shape.load(item, f"{where}.{f.name}") for f, shape, item in zip(names, kind.SHAPES, value, strict=True))
+    )

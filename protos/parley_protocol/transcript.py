@@ -43,7 +43,14 @@ class Offer(Statement):
     """A session's public keys and the head it continues, made by the enclave; `made_at` is NSM time."""
 
     LABEL: ClassVar[str] = "parley/1/offer"
-    SHAPES: ClassVar[tuple[Shape, ...]] = (_SESSION, _DIGEST, Bytes(limits.SEALING_KEY_BYTES), Bytes(32), _DIGEST, Uint())
+    SHAPES: ClassVar[tuple[Shape, ...]] = (
+        _SESSION,
+        _DIGEST,
+        Bytes(limits.SEALING_KEY_BYTES),
+        Bytes(32),
+        _DIGEST,
+        Uint(),
+    )
     session: bytes
     agreement: bytes
     sealing_key: bytes

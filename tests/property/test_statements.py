@@ -26,7 +26,9 @@ SCALARS: st.SearchStrategy[Value] = st.one_of(
     st.text(max_size=12),
 )
 VALUES: st.SearchStrategy[Value] = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=20
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=20,
 )
 
 
