@@ -70,9 +70,9 @@ def _simple_commands(line: str) -> list[list[str]]:
 
 def _check_parley(words: list[str]) -> None:
     """Walks the command tree; each sub-command and each option must exist, and arguments must not be too many."""
-    from parley.cli.app import app
+    from parley.cli.app import build
 
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(build())
     path = "parley"
     options = {option for parameter in command.params for option in parameter.opts}
     while words and hasattr(command, "resolve_command"):
