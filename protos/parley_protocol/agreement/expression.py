@@ -191,6 +191,25 @@ class Expression:
                 found[node.ref] = None
         return tuple(found)
 
+    @property
+    def never_null(self) -> frozenset[ColumnRef]:
+        """The columns that are not null in any row for which this is true."""
+        return _known(self.root, True)
+
+
+def _known(node: Node, truth: bool) -> frozenset[ColumnRef]:
+    """The columns that are not null wherever `node` is known to be `truth`."""
+    if isinstance(node, Not):
+        return _known(node.operand, not truth)
+    if isinstance(node, And | Or):
+        sets = [_known(operand, truth) for operand in node.operands]
+        every = isinstance(node, And) is truth
+        return frozenset[ColumnRef]().union(*sets) if every else sets[0].intersection(*sets[1:])
+    if isinstance(node, IsNull) and node.negated is not truth:
+        return frozenset()
+    # All else is null as soon as anything below it is.
+    return frozenset(below.ref for below in walk(node) if isinstance(below, ColumnNode))
+
 
 def walk(node: Node) -> Iterator[Node]:
     """The node and all below it."""

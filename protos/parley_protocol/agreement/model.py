@@ -149,7 +149,7 @@ class Join:
 class Grouping:
     """One `by` column. Without `edges` the values are a category's (code c at index c - 1) or false, true; with them the
     index is the number of edges that are not above the value. `labels` are all values in order; the last is None when the
-    column may be null, and stands for that."""
+    column may be null in the rows that `where` keeps, and stands for that."""
 
     name: str
     ref: ColumnRef
@@ -160,6 +160,11 @@ class Grouping:
     def size(self) -> int:
         """How many values it has, null included."""
         return len(self.labels)
+
+    @property
+    def null_index(self) -> int | None:
+        """The index of null among the values; None where no kept row has it."""
+        return len(self.labels) - 1 if self.labels[-1] is None else None
 
     def to_value(self) -> Encodable:
         """Its part of the canonical form."""

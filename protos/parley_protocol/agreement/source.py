@@ -545,7 +545,8 @@ class _Builder:
         left = {join.table for join in joins if join.kind is JoinKind.LEFT}
         scope = Scope([(table, False), *((tables[join.table], join.table in left) for join in joins)])
         where = self.attempt(lambda: self.where(found["where"], scope)) if "where" in found else None
-        by = self.attempt(lambda: self.by(found["by"], scope)) if "by" in found else {}
+        known = frozenset[ColumnRef]() if where is None else where.never_null
+        by = self.attempt(lambda: self.by(found["by"], scope, known)) if "by" in found else {}
         values = self.attempt(lambda: self.values(found["values"], scope))
         if recipients is None or by is None or values is None or (where is None and "where" in found):
             raise _BadError
@@ -574,15 +575,16 @@ class _Builder:
         except ExpressionError as error:
             self.bad(node, f"{error.message}, at character {error.offset + 1} of {_quoted(text)}")
 
-    def by(self, node: _Node, scope: Scope) -> dict[str, Grouping]:
+    def by(self, node: _Node, scope: Scope, known: frozenset[ColumnRef]) -> dict[str, Grouping]:
         return self.complete(
             {
-                name: self.attempt(lambda name=name, item=item: self.grouping(name, item, scope))  # type: ignore[misc]
+                name: self.attempt(lambda name=name, item=item: self.grouping(name, item, scope, known))  # type: ignore[misc]
                 for name, item in self.keys(self.mapping(node), name_problem)
             }
         )
 
-    def grouping(self, name: str, node: _Node, scope: Scope) -> Grouping:
+    def grouping(self, name: str, node: _Node, scope: Scope, known: frozenset[ColumnRef]) -> Grouping:
+        """`known`: columns that the output's `where` lets through only where they are not null."""
         if isinstance(node.value, str):
             ref = self.column_ref(node, node.value, scope)
             column = ref.column
@@ -592,7 +594,7 @@ class _Builder:
                 labels = column.values
             else:
                 self.bad(node, f"{ref.text} is a {column.type}: write {{bin: {node.value}, edges: [...]}}")
-            return Grouping(name, ref, (), (*labels, *((None,) if ref.nullable else ())))
+            return Grouping(name, ref, (), (*labels, *((None,) if ref.nullable and ref not in known else ())))
         found = self.fields(node, ("bin", "edges"), ("labels",))
         ref = self.column_ref(found["bin"], self.text(found["bin"]), scope)
         column = ref.column
@@ -600,7 +602,7 @@ class _Builder:
             self.bad(found["bin"], f"{ref.text} is a {column.type}, which has no bins: name the column alone")
         edges = self.edges(found["edges"], column)
         labels = self.labels(found["labels"], len(edges) + 1) if "labels" in found else bin_labels(column, edges)
-        return Grouping(name, ref, edges, (*labels, *((None,) if ref.nullable else ())))
+        return Grouping(name, ref, edges, (*labels, *((None,) if ref.nullable and ref not in known else ())))
 
     def edges(self, node: _Node, column: Column) -> tuple[Physical, ...]:
         edges: list[Physical] = []
