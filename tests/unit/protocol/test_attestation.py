@@ -191,6 +191,13 @@ def test_att_2_refuses_the_registers_of_a_nitro_tpm() -> None:
         parse_unverified(data)
 
 
+@pytest.mark.parametrize("pcrs", [{}, [], None, [bytes(48)] * 16, {"0": bytes(48)}])
+def test_att_2_refuses_registers_that_are_no_map_of_registers(pcrs: object) -> None:
+    fields = payload()
+    fields["pcrs"] = pcrs
+    refuses("att-2", cose.sign(cbor2.dumps(fields), chain()[-1].key), "malformed")
+
+
 def test_att_2_refuses_other_payloads_and_duplicate_keys() -> None:
     good = cbor2.dumps(payload())
     twice = bytes([good[0] + 1]) + good[1:] + cbor2.dumps("digest") + cbor2.dumps("SHA384")
@@ -327,6 +334,13 @@ def test_att_6_refuses_a_certificate_without_its_constraints(oid: str) -> None:
 )
 def test_att_7_refuses_a_certificate_of_another_name(place: int, name: str) -> None:
     refuses_chain("att-7", altered_chain({place: {"name": name}}))
+
+
+@pytest.mark.parametrize(("old", "new"), [("550403", "55040b"), ("55040a", "550403")], ids=["none", "two"])
+def test_att_7_refuses_a_certificate_with_no_common_name_or_two(old: str, new: str) -> None:
+    ders = [issued.der for issued in chain()]
+    ders[4] = ders[4].replace(bytes.fromhex("0603" + old), bytes.fromhex("0603" + new))
+    refuses("att-7", cose.sign(cbor2.dumps(payload(ders)), chain()[-1].key))
 
 
 @pytest.mark.parametrize("module", [f"{INSTANCE}-tpm0123456789abcdef", INSTANCE, f"{MODULE}0", "enclave"])
