@@ -1,0 +1,190 @@
+"""Ciphertext and bundles. A blob is written from its start to its end, and resumed after the bytes that were synced.
+
+How many bytes are stored for good is the store's knowledge (`UploadRow.stored`), never the length of a file: after a power
+cut a file may be longer than what reached the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Protocol
+
+from parley_protocol.errors import UnavailableError
+
+_NAME: Final = re.compile(r"[a-z]+-[0-9a-f]{1,64}")
+
+
+class BlobWriter(Protocol):
+    """One blob that grows. For one thread at a time, but for `sync`, which may run beside `write`."""
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+
+    def write(self, data: bytes) -> None:
+        """Appends; UnavailableError where the store is full or broken."""
+
+    def sync(self) -> int:
+        """Makes all that was written before the call durable; returns how many bytes that is."""
+
+    def close(self) -> None:
+        """Ends writing. What was not synced may be gone."""
+
+
+class BlobReader(Protocol):
+    """One blob at rest. For one thread."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A range; shorter where the blob ends before."""
+
+    def send(self, to: socket.socket, offset: int, length: int) -> None:
+        """Sends a range to a connected stream socket, all of it or OSError."""
+
+    def close(self) -> None:
+        """Frees the reader."""
+
+
+class BlobStore(Protocol):
+    """Where blobs are. Names are words and hex digits, such as `upload-2a`."""
+
+    def writer(self, name: str, stored: int) -> BlobWriter:
+        """Goes on after the first `stored` bytes, which were synced before; OSError where they are not there."""
+
+    def reader(self, name: str) -> BlobReader:
+        """FileNotFoundError where there is no such blob."""
+
+    def put(self, name: str, pieces: Iterable[bytes]) -> int:
+        """Writes a whole blob: after a crash it is there as a whole or not at all. Returns its size."""
+
+    def delete(self, name: str) -> None:
+        """Removes a blob, if there is one."""
+
+
+def upload_name(number: int) -> str:
+    """The blob of an upload."""
+    return f"upload-{number:x}"
+
+
+def bundle_name(session: bytes) -> str:
+    """The blob of a session's bundle."""
+    return f"bundle-{session.hex()}"
+
+
+class Directory:
+    """Blobs as files of one folder tree."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def writer(self, name: str, stored: int) -> BlobWriter:
+        path = self._path(name)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            length = os.fstat(descriptor).st_size
+            if length < stored:
+                raise OSError(f"{name} has {length} bytes where {stored} were stored")
+            os.ftruncate(descriptor, stored)
+            if stored == 0:
+                _sync_folder(path.parent)
+                _sync_folder(self._folder)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return _FileWriter(descriptor, stored)
+
+    def reader(self, name: str) -> BlobReader:
+        return _FileReader(os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC))
+
+    def put(self, name: str, pieces: Iterable[bytes]) -> int:
+        path = self._path(name)
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        part = path.with_suffix(".part")
+        writer = _FileWriter(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), 0)
+        try:
+            for piece in pieces:
+                writer.write(piece)
+            size = writer.sync()
+        finally:
+            writer.close()
+        part.replace(path)
+        _sync_folder(path.parent)
+        _sync_folder(self._folder)
+        return size
+
+    def delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError("not a name of a blob")
+        return self._folder / name[-2:].replace("-", "0") / name
+
+
+class _FileWriter:
+    def __init__(self, descriptor: int, position: int) -> None:
+        self._descriptor = descriptor
+        self._position = position
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                written = os.pwrite(self._descriptor, left, self._position)
+            except OSError as error:
+                raise UnavailableError(f"the store of the coordinator takes no more: {error.strerror}") from error
+            self._position += written
+            left = left[written:]
+
+    def sync(self) -> int:
+        position = self._position
+        os.fdatasync(self._descriptor)
+        return position
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _FileReader:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, offset)
+
+    def send(self, to: socket.socket, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            sent = os.sendfile(to.fileno(), self._descriptor, offset, end - offset)
+            if sent == 0:
+                raise OSError("the blob ended while it was sent")
+            offset += sent
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

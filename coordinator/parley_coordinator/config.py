@@ -1,0 +1,245 @@
+"""The configuration of a coordinator: one frozen object, from one TOML file. Relative paths start at the file's folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from parley_protocol import limits
+
+FILE: Final = "coordinator.toml"
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be: the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The launcher `local`. `command` gets `--dir DIR --agreement-hint HEX` behind it and returns when DIR/enclave.sock
+    answers. `folder` holds one folder for each enclave; the path of a socket in it must stay below 108 bytes."""
+
+    command: tuple[str, ...]
+    folder: Path
+    start_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What one member key may take: bytes of uploads, uploads of one table, agreements put, watch streams at a time."""
+
+    bytes_per_member: int = 256 << 30
+    uploads_per_table: int = 64
+    agreements_per_member: int = 1000
+    watches_per_member: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds that the enclave may take for one operation, and how often it is asked for its phase."""
+
+    short_s: float = 30.0
+    join_s: float = 6 * 3600.0
+    compute_s: float = 24 * 3600.0
+    status_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All that a coordinator needs to start. Times in seconds, sizes in bytes."""
+
+    folder: Path
+    certificate: Path
+    key: Path = field(repr=False)
+    database: str
+    blobs: Path
+    local: Local
+    listen: str = "127.0.0.1:7443"
+    enclaves: int = limits.ENCLAVES
+    quotas: Quotas = Quotas()
+    deadlines: Deadlines = Deadlines()
+    grace_s: float = 10.0
+    rpcs: int = 4096
+    reflection: bool = True
+    log_level: str = "info"
+
+    @property
+    def address_file(self) -> Path:
+        """Where a running coordinator writes the address that it listens at, for those who started it at port 0."""
+        return self.folder / "address"
+
+
+def defaults(folder: Path) -> Config:
+    """The configuration of a folder without a file."""
+    return from_tree({}, folder)
+
+
+def load(path: Path) -> Config:
+    """The configuration in a TOML file; ConfigError names the field that is wrong."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return from_tree(tree, path.resolve().parent)
+
+
+def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration in the plain tree of a TOML file; ConfigError for unknown fields and wrong values."""
+    folder = folder.resolve()
+    top = _Section(tree, "")
+    tls, store, launcher = top.section("tls"), top.section("store"), top.section("launcher")
+    local, quota, deadlines, log = (
+        launcher.section("local"),
+        top.section("quota"),
+        top.section("deadline"),
+        top.section("log"),
+    )
+    kind = launcher.text("kind", "local")
+    if kind != "local":
+        raise ConfigError(f"launcher.kind: {kind!r} is none of: local")
+    standard = Quotas(), Deadlines()
+    command = local.texts("command", ())
+    if not command:
+        workers = str(local.integer("workers", os.cpu_count() or 1, 1))
+        root = str(folder / local.text("root", "root"))
+        command = (sys.executable, "-m", "parley_deploy.enclave", "--root", root, "--workers", workers)
+    config = Config(
+        folder=folder,
+        listen=top.text("listen", "127.0.0.1:7443"),
+        reflection=top.boolean("reflection", default=True),
+        grace_s=top.seconds("grace_s", 10.0),
+        rpcs=top.integer("rpcs", 4096, 16),
+        certificate=folder / tls.text("certificate", "tls.crt"),
+        key=folder / tls.text("key", "tls.key"),
+        database=_database(store.text("database", "coordinator.db"), folder),
+        blobs=folder / store.text("blobs", "blobs"),
+        enclaves=launcher.integer("enclaves", limits.ENCLAVES, 1),
+        local=Local(command, folder / local.text("folder", "enclaves"), local.seconds("start_s", 60.0)),
+        quotas=Quotas(
+            quota.integer("bytes_per_member", standard[0].bytes_per_member, 1),
+            quota.integer("uploads_per_table", standard[0].uploads_per_table, 1),
+            quota.integer("agreements_per_member", standard[0].agreements_per_member, 1),
+            quota.integer("watches_per_member", standard[0].watches_per_member, 1),
+        ),
+        deadlines=Deadlines(
+            deadlines.seconds("short_s", standard[1].short_s),
+            deadlines.seconds("join_s", standard[1].join_s),
+            deadlines.seconds("compute_s", standard[1].compute_s),
+            deadlines.seconds("status_s", standard[1].status_s),
+        ),
+        log_level=log.choice("level", "info", LEVELS),
+    )
+    for section in (top, tls, store, launcher, local, quota, deadlines, log):
+        section.finish()
+    return config
+
+
+def _database(text: str, folder: Path) -> str:
+    return text if "://" in text else f"sqlite:///{folder / text}"
+
+
+class _Section:
+    """One table of the file. What nobody asked for is a mistake of the writer, so `finish` refuses it."""
+
+    def __init__(self, tree: object, name: str) -> None:
+        if not isinstance(tree, Mapping):
+            raise ConfigError(f"{name}: not a table")
+        self._left = dict(tree)
+        self._name = name
+
+    def section(self, name: str) -> _Section:
+        return _Section(self._left.pop(name, {}), self._field(name))
+
+    def text(self, name: str, default: str) -> str:
+        value = self._left.pop(name, default)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{self._field(name)}: not a text")
+        return value
+
+    def texts(self, name: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        value = self._left.pop(name, list(default))
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{self._field(name)}: not a list of texts")
+        return tuple(value)
+
+    def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
+        value = self.text(name, default)
+        if value not in choices:
+            raise ConfigError(f"{self._field(name)}: {value!r} is none of: {', '.join(choices)}")
+        return value
+
+    def integer(self, name: str, default: int, least: int) -> int:
+        value = self._left.pop(name, default)
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{self._field(name)}: not a whole number from {least}")
+        return value
+
+    def seconds(self, name: str, default: float) -> float:
+        value = self._left.pop(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            raise ConfigError(f"{self._field(name)}: not a number of seconds above 0")
+        return float(value)
+
+    def boolean(self, name: str, *, default: bool) -> bool:
+        value = self._left.pop(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self._field(name)}: neither true nor false")
+        return value
+
+    def finish(self) -> None:
+        if self._left:
+            raise ConfigError(f"{self._field(min(self._left))}: no such field")
+
+    def _field(self, name: str) -> str:
+        return f"{self._name}.{name}" if self._name else name
+
+
+TEMPLATE: Final = """\
+# The configuration of parley-coordinator. What is left out has the value that stands here; relative paths start at this folder.
+
+listen = "{listen}"             # address:port; port 0 takes a free one, which the file `address` then names
+# reflection = true             # tells gRPC tools the service's methods
+# grace_s = 10.0                # how long running calls may take to end after SIGTERM
+# rpcs = 4096                   # calls at a time, streams included
+
+[tls]
+certificate = "tls.crt"         # PEM; members pin the SHA-384 of its public key
+key = "tls.key"
+
+[store]
+database = "coordinator.db"     # SQLite file, or an SQLAlchemy URL
+blobs = "blobs"                 # folder of the ciphertext
+
+[launcher]
+kind = "local"                  # a process with a simulated NSM: it protects nothing
+enclaves = 4                    # at a time; more get `no-capacity`
+
+[launcher.local]
+root = "root"                   # folder of the local root that certifies the simulated NSM
+# workers = 2                   # worker processes of an enclave; left out: one for each CPU
+# command = ["python", "-m", "parley_deploy.enclave", "--root", "root"]   # gets --dir and --agreement-hint behind it
+# folder = "enclaves"           # one folder for each enclave, with its socket: a path of less than 108 bytes
+# start_s = 60.0
+
+[quota]                         # for one member key
+# bytes_per_member = 274877906944
+# uploads_per_table = 64
+# agreements_per_member = 1000
+# watches_per_member = 32
+
+[deadline]                      # what the enclave may take
+# short_s = 30.0
+# join_s = 21600.0
+# compute_s = 86400.0
+# status_s = 1.0
+
+[log]
+level = "info"                  # debug | info | warning | error
+"""
+"""What `parley-coordinator init` writes."""

@@ -1,0 +1,186 @@
+"""Launchers: how an enclave comes to be. One enclave serves one agreement; it outlives the coordinator that launched it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from parley_coordinator import log, relay
+from parley_coordinator.config import ConfigError, Local
+from parley_protocol.errors import UnavailableError
+
+SOCKET_PATH_BYTES: Final = 107
+"""Longest path of a Unix socket on Linux."""
+RETRY_MS: Final = 30_000
+STOP_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EnclaveHandle:
+    """A running enclave: the launcher's name for it, the digest of its agreement, and where it listens."""
+
+    id: str
+    agreement: bytes
+    address: str
+
+
+class Launcher(Protocol):
+    """Starts, finds and stops enclaves."""
+
+    def launch(self, agreement: bytes) -> EnclaveHandle:
+        """A new enclave that listens. UnavailableError: `no-capacity` with the time to wait, or it did not start."""
+
+    def find(self) -> list[EnclaveHandle]:
+        """The enclaves that are alive, those of a former coordinator included."""
+
+    def stop(self, handle: EnclaveHandle) -> None:
+        """Ends an enclave and frees its place; nothing where it has ended."""
+
+
+class LocalLauncher:
+    """Enclaves as detached processes, one folder each: `enclave.sock`, `enclave.pid`, `nsm.pid` and `handle.json`.
+
+    The command of the configuration makes them; `most` may run at a time.
+    """
+
+    def __init__(self, config: Local, most: int) -> None:
+        self._config = config
+        self._most = most
+        self._lock = threading.Lock()
+        longest = len(os.fsencode(config.folder / "00000000" / "enclave.sock"))
+        if longest > SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"launcher.local.folder: {config.folder} makes sockets' paths of {longest} bytes; at most {SOCKET_PATH_BYTES}"
+            )
+        config.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def launch(self, agreement: bytes) -> EnclaveHandle:
+        with self._lock:
+            if len(self._alive()) >= self._most:
+                raise UnavailableError(
+                    f"all {self._most} enclaves of this coordinator are in use",
+                    code="no-capacity",
+                    retry_after_ms=RETRY_MS,
+                )
+            folder = self._config.folder / secrets.token_hex(4)
+            folder.mkdir(mode=0o700)
+            (folder / "handle.json").write_text(json.dumps({"agreement": agreement.hex()}), encoding="utf-8")
+            handle = EnclaveHandle(folder.name, agreement, f"unix:{folder / 'enclave.sock'}")
+            try:
+                self._start(folder, agreement)
+            except BaseException:
+                self._stop(handle)
+                raise
+            return handle
+
+    def find(self) -> list[EnclaveHandle]:
+        with self._lock:
+            return self._alive()
+
+    def stop(self, handle: EnclaveHandle) -> None:
+        with self._lock:
+            self._stop(handle)
+
+    def _start(self, folder: Path, agreement: bytes) -> None:
+        command = [*self._config.command, "--dir", str(folder), "--agreement-hint", agreement.hex()]
+        with (folder / "launch.log").open("ab") as output:
+            try:
+                # A session of its own: a signal to the coordinator's terminal is none to the enclave.
+                result = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    timeout=self._config.start_s,
+                    check=False,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                log.warning("launch-failed", enclave=folder.name, error=type(error).__name__)
+                raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS) from error
+        if result.returncode != 0 or not _listens(folder):
+            tail = (folder / "launch.log").read_text(encoding="utf-8", errors="replace")[-500:]
+            log.warning("launch-failed", enclave=folder.name, code=result.returncode, said=tail)
+            raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS)
+
+    def _alive(self) -> list[EnclaveHandle]:
+        found = []
+        for folder in sorted(self._config.folder.iterdir()):
+            try:
+                agreement = bytes.fromhex(json.loads((folder / "handle.json").read_text(encoding="utf-8"))["agreement"])
+            except (OSError, ValueError, KeyError, TypeError):
+                log.warning("launcher-folder-unknown", folder=folder.name)
+                continue
+            handle = EnclaveHandle(folder.name, agreement, f"unix:{folder / 'enclave.sock'}")
+            if _listens(folder):
+                found.append(handle)
+            else:
+                self._stop(handle)
+        return found
+
+    def _stop(self, handle: EnclaveHandle) -> None:
+        folder = self._config.folder / handle.id
+        if not folder.is_dir():
+            return
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            pids = [pid for name in ("nsm.pid", "enclave.pid") if (pid := _process(folder / name, folder)) is not None]
+            for pid in pids:
+                _signal(pid, sign)
+            if _until(lambda: all(not _alive(pid) for pid in pids), STOP_S):  # noqa: B023  # called before the next turn
+                break
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(folder: Path) -> bool:
+    try:
+        relay.connect(f"unix:{folder / 'enclave.sock'}").close()
+    except relay.GoneError:
+        return False
+    except UnavailableError:
+        # It does not answer now, as under load; only an empty socket means that it is gone.
+        return True
+    return True
+
+
+def _process(path: Path, folder: Path) -> int | None:
+    """The process in a pid file, if it is still the one that was started for `folder`: numbers are used again."""
+    try:
+        pid = int(path.read_text(encoding="utf-8"))
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode(folder) in command else None
+
+
+def _signal(pid: int, sign: signal.Signals) -> None:
+    try:
+        os.kill(pid, sign)
+    except ProcessLookupError:
+        log.debug("process-ended", pid=pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,127 @@
+"""A running coordinator: its parts put together, the gRPC server, and an end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from parley_coordinator import log, tls
+from parley_coordinator.agreements import Agreements
+from parley_coordinator.blobs import Directory
+from parley_coordinator.callers import Callers
+from parley_coordinator.clock import now_ms
+from parley_coordinator.config import Config, ConfigError
+from parley_coordinator.events import Bell, Events
+from parley_coordinator.inbox import Inbox
+from parley_coordinator.launcher import LocalLauncher
+from parley_coordinator.live import World
+from parley_coordinator.releases import Releases
+from parley_coordinator.service import Parts, Service
+from parley_coordinator.sessions import Sessions
+from parley_coordinator.store import Store
+from parley_coordinator.uploads import Uploads
+from parley_protocol import limits
+from parley_protocol.v1 import coordinator_pb2
+from parley_protocol.v1.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
+
+QUICK: Final = 8
+"""Threads for what takes milliseconds: store and disk."""
+LONG: Final = 96
+"""Threads that wait for an enclave: a join of each of many parties at a time; fewer than the enclave takes connections."""
+SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
+
+
+async def serve(config: Config) -> None:
+    """Runs until SIGTERM or SIGINT. ConfigError where it cannot start."""
+    certificate, key = _read(config.certificate, "tls.certificate"), _read(config.key, "tls.key")
+    callers = Callers(tls.server_digest(certificate))
+    store = Store(config.database)
+    blobs = Directory(config.blobs)
+    world = World(store, blobs, LocalLauncher(config.local, config.enclaves), config.deadlines, now_ms)
+    sessions = Sessions(world)
+    loop = asyncio.get_running_loop()
+    bell = Bell(loop)
+    store.on_event(bell.ring)
+    parts = Parts(
+        store=store,
+        callers=callers,
+        agreements=Agreements(store, config.quotas, now_ms),
+        uploads=Uploads(store, blobs, config.quotas, now_ms),
+        sessions=sessions,
+        releases=Releases(store, blobs, now_ms),
+        inbox=Inbox(store, now_ms),
+        events=Events(store),
+        quotas=config.quotas,
+        clock=now_ms,
+    )
+    quick = ThreadPoolExecutor(QUICK, thread_name_prefix="quick")
+    long = ThreadPoolExecutor(LONG, thread_name_prefix="long")
+    service = Service(parts, bell, quick, long)
+    await loop.run_in_executor(long, sessions.recover)
+    server = _server(config)
+    add_CoordinatorServicer_to_server(service, server)
+    healths = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    if config.reflection:
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    credentials = grpc.ssl_server_credentials([(key, certificate)])
+    try:
+        port = server.add_secure_port(config.listen, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"listen: cannot listen at {config.listen}") from error
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await server.start()
+    for name in ("", SERVICE):
+        await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+    address = f"{config.listen.rpartition(':')[0]}:{port}"
+    _write_address(config.address_file, address)
+    log.info("listening", address=address)
+    await stopped.wait()
+    log.info("stopping")
+    await healths.enter_graceful_shutdown()
+    service.stop()
+    await server.stop(config.grace_s)
+    await loop.run_in_executor(quick, sessions.close)
+    long.shutdown()
+    quick.shutdown()
+    store.close()
+    config.address_file.unlink(missing_ok=True)
+    log.info("stopped")
+
+
+def _server(config: Config) -> grpc.aio.Server:
+    return grpc.aio.server(
+        maximum_concurrent_rpcs=config.rpcs,
+        options=(
+            ("grpc.max_receive_message_length", limits.RPC_BYTES),
+            ("grpc.max_send_message_length", limits.RPC_BYTES),
+            ("grpc.so_reuseport", 0),
+            # A client whose machine has vanished frees its stream within a minute.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ),
+    )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{field}: {path}: {error.strerror}; `parley-coordinator init` makes one") from error
+
+
+def _write_address(path: Path, address: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(address + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,424 @@
+"""The gRPC service: from messages to the parts that do the work, and from errors to statuses.
+
+The event loop never blocks: work runs in threads, long work (opening, joins, the start) in threads of its own, so that
+waiting for an enclave delays nobody else. Streams that wait for events hold no thread.
+"""
+
+# ruff: noqa: N802  # methods are named as in the proto
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from parley_coordinator import log, status
+from parley_coordinator import store as db
+from parley_coordinator.agreements import Agreements, AgreementView
+from parley_coordinator.callers import Callers
+from parley_coordinator.clock import Clock
+from parley_coordinator.config import Quotas
+from parley_coordinator.events import Bell, Events
+from parley_coordinator.inbox import Inbox
+from parley_coordinator.models import EventRow
+from parley_coordinator.releases import Releases
+from parley_coordinator.sessions import Sessions, SessionView
+from parley_coordinator.store import Store
+from parley_coordinator.uploads import Uploads, UploadView, Writing
+from parley_protocol import limits
+from parley_protocol.errors import MalformedError, ParleyError, RefusedError, UnavailableError
+from parley_protocol.v1 import coordinator_pb2 as pb
+from parley_protocol.v1.coordinator_pb2_grpc import CoordinatorServicer
+
+_T = TypeVar("_T")
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+WATCH_S = 30.0
+"""A stream looks for events at least so often, also when no bell rang: other processes write to the store too."""
+PATIENCE_S = 0.25
+"""How soon an upload's stream notices that another one has taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the service calls."""
+
+    store: Store
+    callers: Callers
+    agreements: Agreements
+    uploads: Uploads
+    sessions: Sessions
+    releases: Releases
+    inbox: Inbox
+    events: Events
+    quotas: Quotas
+    clock: Clock
+
+
+class Service(CoordinatorServicer):
+    """The methods of coordinator.proto. `quick` and `long` are pools of threads."""
+
+    def __init__(self, parts: Parts, bell: Bell, quick: Executor, long: Executor) -> None:
+        self._parts = parts
+        self._bell = bell
+        self._quick = quick
+        self._long = long
+        self._watches: Counter[bytes] = Counter()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ends the streams that wait for events; called in the loop."""
+        self._stopping.set()
+        self._bell.ring()
+
+    # Agreements
+
+    async def PutAgreement(self, request: pb.PutAgreementRequest, context: _Context) -> pb.AgreementState:
+        return await self._call(
+            context,
+            "PutAgreement",
+            self._quick,
+            lambda key: _agreement(self._parts.agreements.put(key, request.canonical)),
+        )
+
+    async def PutSignature(self, request: pb.PutSignatureRequest, context: _Context) -> pb.AgreementState:
+        return await self._call(
+            context,
+            "PutSignature",
+            self._quick,
+            lambda key: _agreement(self._parts.agreements.sign(key, request.agreement, request.member, request.cose)),
+        )
+
+    async def GetAgreement(self, request: pb.GetAgreementRequest, context: _Context) -> pb.AgreementState:
+        def get(key: bytes) -> pb.AgreementState:
+            match request.WhichOneof("which"):
+                case "digest":
+                    return _agreement(self._parts.agreements.get(key, request.digest))
+                case "series":
+                    return _agreement(self._parts.agreements.newest(key, request.series))
+            raise MalformedError("GetAgreementRequest: neither digest nor series")
+
+        return await self._call(context, "GetAgreement", self._quick, get)
+
+    # Inbox and events
+
+    async def Inbox(self, request: pb.InboxRequest, context: _Context) -> pb.InboxReply:  # noqa: ARG002
+        def inbox(key: bytes) -> pb.InboxReply:
+            return pb.InboxReply(
+                items=[
+                    pb.InboxItem(
+                        kind=item.kind,
+                        agreement=item.agreement,
+                        session=item.session,
+                        table=item.table,
+                        due_ms=item.due_ms,
+                        member=item.member,
+                        since_ms=item.since_ms,
+                    )
+                    for item in self._parts.inbox.items(key)
+                ]
+            )
+
+        return await self._call(context, "Inbox", self._quick, inbox)
+
+    async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Event]:
+        key = await self._caller(context)
+        if self._watches[key] >= self._parts.quotas.watches_per_member:
+            await _abort(context, RefusedError("quota", "this key watches in as many streams as it may"))
+        self._watches[key] += 1
+        rung = self._bell.subscribe()
+        number = request.after
+        try:
+            await self._run(context, self._quick, self._parts.events.check, key, request.session)
+            while not self._stopping.is_set():
+                rung.clear()
+                rows = await self._run(context, self._quick, self._parts.events.after, key, number, request.session)
+                for row in rows:
+                    number = row.number
+                    yield _event(row)
+                if not rows:
+                    await _within(rung, WATCH_S)
+            await _abort(context, _stopping())
+        finally:
+            self._bell.unsubscribe(rung)
+            self._watches[key] -= 1
+            if not self._watches[key]:
+                del self._watches[key]
+
+    # Uploads
+
+    async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: _Context) -> pb.UploadState:
+        started = time.monotonic()
+        key = await self._caller(context)
+        try:
+            first = await anext(aiter(request_iterator), None)
+            if first is None or first.WhichOneof("part") != "begin":
+                raise MalformedError("UploadRequest: the first message is not begin")
+            row = await self._in(self._quick, self._parts.uploads.begin, key, first.begin.cose)
+            if row.complete_ms is not None:
+                return _upload(UploadView(row.stored, row.size, complete=True))
+            manager = self._parts.uploads.writing(row)
+            writing = await self._in(self._quick, manager.__enter__)
+            before = writing.position
+            try:
+                await self._receive(request_iterator, writing)
+            finally:
+                # Also when the client is gone: what has arrived is stored, and need not be sent again.
+                state = await asyncio.shield(
+                    asyncio.ensure_future(self._in(self._quick, self._finish, manager, writing))
+                )
+            log.info(
+                "rpc",
+                method="Upload",
+                caller=log.who(key),
+                size=log.coarse(state.stored - before),
+                complete=state.complete,
+                ms=_ms(started),
+            )
+            return _upload(state)
+        except ParleyError as error:
+            log.info("rpc", method="Upload", caller=log.who(key), code=error.code, ms=_ms(started))
+            await _abort(context, error)
+
+    async def _receive(self, requests: AsyncIterator[pb.UploadRequest], writing: Writing) -> None:
+        syncing: asyncio.Future[UploadView] | None = None
+        try:
+            while (request := await self._next(requests, writing)) is not None:
+                if request.WhichOneof("part") != "chunk":
+                    raise MalformedError("UploadRequest: not a chunk after the first message")
+                await self._in(self._quick, writing.write, request.chunk.offset, request.chunk.data)
+                if writing.unsynced >= limits.SYNC_BYTES:
+                    # One goes to the disk while the next one arrives; a third waits, and with it the client.
+                    if syncing is not None:
+                        await syncing
+                    syncing = asyncio.ensure_future(self._in(self._quick, writing.sync))
+        finally:
+            if syncing is not None:
+                await asyncio.shield(asyncio.wait([syncing]))
+        if syncing is not None:
+            await syncing
+
+    async def _next(self, requests: AsyncIterator[pb.UploadRequest], writing: Writing) -> pb.UploadRequest | None:
+        coming = asyncio.ensure_future(anext(aiter(requests), None))
+        try:
+            while not (await asyncio.wait([coming], timeout=PATIENCE_S))[0]:
+                if writing.superseded.is_set():
+                    raise RefusedError("busy", "another stream has taken over this upload")
+                if self._stopping.is_set():
+                    raise _stopping()
+        except BaseException:
+            coming.cancel()
+            raise
+        return coming.result()
+
+    @staticmethod
+    def _finish(manager: Any, writing: Writing) -> UploadView:
+        try:
+            return writing.sync()
+        finally:
+            manager.__exit__(None, None, None)
+
+    async def GetUpload(self, request: pb.UploadRef, context: _Context) -> pb.UploadState:
+        return await self._call(
+            context, "GetUpload", self._quick, lambda key: _upload(self._parts.uploads.get(key, request.upload))
+        )
+
+    # Sessions
+
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: _Context) -> pb.SessionState:
+        return await self._call(
+            context,
+            "OpenSession",
+            self._long,
+            lambda key: _session(self._parts.sessions.open(key, request.request_id, request.agreement)),
+        )
+
+    async def GetSession(self, request: pb.SessionRef, context: _Context) -> pb.SessionState:
+        return await self._call(
+            context, "GetSession", self._quick, lambda key: _session(self._parts.sessions.get(key, request.session))
+        )
+
+    async def Attest(self, request: pb.AttestRequest, context: _Context) -> pb.AttestReply:
+        def attest(key: bytes) -> pb.AttestReply:
+            offer, document = self._parts.sessions.attest(key, request.session, request.nonce)
+            return pb.AttestReply(offer=offer, document=document)
+
+        return await self._call(context, "Attest", self._long, attest)
+
+    async def PutJoin(self, request: pb.PutJoinRequest, context: _Context) -> pb.JoinReply:
+        def join(key: bytes) -> pb.JoinReply:
+            receipt, code = self._parts.sessions.join(key, request.session, request.cose)
+            return pb.JoinReply(receipt=receipt, code=code)
+
+        return await self._call(context, "PutJoin", self._long, join)
+
+    async def Start(self, request: pb.StartRequest, context: _Context) -> pb.RosterReply:
+        return await self._call(
+            context,
+            "Start",
+            self._long,
+            lambda key: _roster(self._parts.sessions.start(key, request.session, request.cose)),
+        )
+
+    async def GetRoster(self, request: pb.SessionRef, context: _Context) -> pb.RosterReply:
+        return await self._call(
+            context, "GetRoster", self._quick, lambda key: _roster(self._parts.sessions.roster(key, request.session))
+        )
+
+    async def PutCountersignature(self, request: pb.PutCountersignatureRequest, context: _Context) -> pb.SessionState:
+        return await self._call(
+            context,
+            "PutCountersignature",
+            self._long,
+            lambda key: _session(self._parts.sessions.countersign(key, request.session, request.cose, request)),
+        )
+
+    async def Refuse(self, request: pb.RefuseRequest, context: _Context) -> pb.SessionState:
+        return await self._call(
+            context,
+            "Refuse",
+            self._long,
+            lambda key: _session(self._parts.sessions.refuse(key, request.session, request.cose)),
+        )
+
+    # Releases
+
+    async def GetBundle(self, request: pb.GetBundleRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
+        key = await self._caller(context)
+        bundle = await self._run(context, self._quick, self._parts.releases.bundle, key, request.session)
+        try:
+            if request.offset > bundle.size:
+                await _abort(context, RefusedError("too-large", f"the bundle has {bundle.size} bytes and no more"))
+            offset = request.offset
+            while offset < bundle.size:
+                data = await self._run(context, self._quick, bundle.reader.read, offset, limits.CHUNK_BYTES)
+                if not data:
+                    await _abort(
+                        context, RefusedError("internal", "the coordinator's store has lost bytes of the bundle")
+                    )
+                yield pb.Chunk(offset=offset, data=data)
+                offset += len(data)
+            await self._run(context, self._quick, self._parts.releases.fetched, bundle)
+        finally:
+            bundle.reader.close()
+        log.info("rpc", method="GetBundle", caller=log.who(key), size=log.coarse(bundle.size - request.offset))
+
+    async def GetChain(self, request: pb.GetChainRequest, context: _Context) -> AsyncIterator[pb.SignedStatement]:
+        key = await self._caller(context)
+        records = await self._run(context, self._quick, self._parts.releases.chain, key, request.series, request.after)
+        for cose, document in records:
+            yield pb.SignedStatement(cose=cose, document=document)
+
+    # How a call runs
+
+    async def _call(self, context: _Context, method: str, pool: Executor, work: Callable[[bytes], _T]) -> _T:
+        started = time.monotonic()
+        key = await self._caller(context)
+        try:
+            result = await self._in(pool, work, key)
+        except ParleyError as error:
+            log.info("rpc", method=method, caller=log.who(key), code=error.code, ms=_ms(started))
+            await _abort(context, error)
+        except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
+            log.fault("rpc-failed", method=method, caller=log.who(key))
+            await _abort(context, RefusedError("internal"))
+        log.info("rpc", method=method, caller=log.who(key), ms=_ms(started))
+        return result
+
+    async def _run(self, context: _Context, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
+        """The same within a stream."""
+        try:
+            return await self._in(pool, work, *arguments)
+        except ParleyError as error:
+            await _abort(context, error)
+        except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
+            log.fault("rpc-failed", method=work.__name__)
+            await _abort(context, RefusedError("internal"))
+
+    async def _caller(self, context: _Context) -> bytes:
+        """Who calls: crd-1, crd-2 and cal-*; strangers get PERMISSION_DENIED and nothing else (crd-3)."""
+        if self._stopping.is_set():
+            await _abort(context, _stopping())
+        try:
+            metadata = [(str(name), value) for name, value in context.invocation_metadata() or ()]
+            key = self._parts.callers.key(metadata, now_ms=self._parts.clock())
+        except ParleyError as error:
+            log.info("unauthenticated", code=error.code)
+            await _abort(context, error, authenticating=True)
+        if not await self._in(self._quick, self._known, key):
+            log.info("stranger", caller=log.who(key))
+            await _abort(context, RefusedError("stranger"))
+        return key
+
+    def _known(self, key: bytes) -> bool:
+        with self._parts.store.read() as session:
+            return db.is_known(session, key)
+
+    async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+
+async def _abort(context: _Context, error: ParleyError, *, authenticating: bool = False) -> NoReturn:
+    code, message, details = status.of(error, authenticating=authenticating)
+    await context.abort(code, message, ((status.DETAILS_KEY, details),))
+    raise AssertionError("abort raises")
+
+
+async def _within(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+def _stopping() -> ParleyError:
+    return UnavailableError("the coordinator is stopping", retry_after_ms=5000)
+
+
+def _ms(started: float) -> int:
+    return int((time.monotonic() - started) * 1000)
+
+
+def _agreement(view: AgreementView) -> pb.AgreementState:
+    return pb.AgreementState(canonical=view.canonical, signatures=view.signatures, missing=view.missing)
+
+
+def _upload(view: UploadView) -> pb.UploadState:
+    return pb.UploadState(stored=view.stored, size=view.size, complete=view.complete)
+
+
+def _session(view: SessionView) -> pb.SessionState:
+    return pb.SessionState(
+        session=view.session,
+        agreement=view.agreement,
+        phase=view.phase,
+        parties=[pb.PartyState(party=party, phase=phase) for party, phase in view.parties],
+        code=view.code,
+        deadline_ms=view.deadline_ms,
+        percent=view.percent,
+    )
+
+
+def _roster(roster: tuple[bytes, tuple[str, ...]]) -> pb.RosterReply:
+    return pb.RosterReply(cose=roster[0], missing=roster[1])
+
+
+def _event(row: EventRow) -> pb.Event:
+    return pb.Event(
+        number=row.number,
+        agreement=row.agreement,
+        session=row.session or b"",
+        kind=row.kind,
+        member=row.member,
+        table=row.table_name,
+        code=row.code,
+        at_ms=row.at_ms,
+        percent=row.percent,
+    )

@@ -1,0 +1,209 @@
+"""Uploads: sealed tables on their way to the blob store. Only bytes that are on the disk for good are told as `stored`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from parley_coordinator import log
+from parley_coordinator import store as db
+from parley_coordinator.agreements import parsed
+from parley_coordinator.blobs import BlobStore, BlobWriter, upload_name
+from parley_coordinator.clock import Clock
+from parley_coordinator.config import Quotas
+from parley_coordinator.models import UploadRow
+from parley_coordinator.store import Store
+from parley_protocol import limits
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.claims import verify_upload
+from parley_protocol.cose import payload_unverified
+from parley_protocol.errors import MalformedError, RefusedError
+from parley_protocol.table import Layout
+from parley_protocol.transcript import Upload
+
+BUSY_MS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class UploadView:
+    """How far an upload is: bytes on the disk, bytes in all, whether it is complete."""
+
+    stored: int
+    size: int
+    complete: bool
+
+
+def view(row: UploadRow) -> UploadView:
+    """An upload's row as the caller sees it."""
+    return UploadView(row.stored, row.size, row.complete_ms is not None)
+
+
+def blob_size(upload: Upload, agreement: Agreement) -> int:
+    """The bytes of an upload's blob: they follow from its header and the agreed columns."""
+    header = upload.header
+    return Layout.of(header, agreement.tables[header.table].widths).size
+
+
+class Writing:
+    """One upload that is being written. `write` and `sync` may run in two threads; all else in one at a time."""
+
+    def __init__(self, store: Store, clock: Clock, row: UploadRow, writer: BlobWriter) -> None:
+        self._store = store
+        self._clock = clock
+        self._number = row.number
+        self._writer = writer
+        self._synced = row.stored
+        self.size = row.size
+        self.superseded = threading.Event()
+        self._ended = threading.Event()
+
+    @property
+    def position(self) -> int:
+        """The next byte that is missing, stored for good or not."""
+        return self._writer.position
+
+    @property
+    def unsynced(self) -> int:
+        """Bytes that are written and not yet stored for good."""
+        return self._writer.position - self._synced
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Appends a chunk; what is there already is skipped. RefusedError for a gap, or beyond the end (crd-9)."""
+        if self.superseded.is_set():
+            raise RefusedError("busy", "another stream has taken over this upload")
+        if not data:
+            raise MalformedError("Chunk.data: empty")
+        if len(data) > limits.CHUNK_BYTES:
+            raise RefusedError("too-large", f"a chunk has at most {limits.CHUNK_BYTES} bytes")
+        if offset + len(data) > self.size:
+            raise RefusedError("too-large", f"the upload has {self.size} bytes and no more")
+        position = self._writer.position
+        if offset > position:
+            raise RefusedError("incomplete", f"the next missing byte is {position}, not {offset}")
+        if offset + len(data) > position:
+            self._writer.write(data[position - offset :])
+
+    def sync(self) -> UploadView:
+        """Makes what was written durable and says so in the store; with the last byte the upload is complete."""
+        synced = self._writer.sync()
+        with self._store.write() as session:
+            row = session.get_one(UploadRow, self._number)
+            if synced > row.stored:
+                row.stored = synced
+            if row.stored == row.size and row.complete_ms is None:
+                row.complete_ms = self._clock()
+                db.happened(session, "uploaded", row.agreement, row.complete_ms, member=row.party, table=row.table_name)
+            self._synced = row.stored
+            return view(row)
+
+    def wait_end(self, seconds: float) -> bool:
+        """Whether the upload has ended within a time."""
+        return self._ended.wait(seconds)
+
+    def end(self) -> None:
+        """Closes the blob; called once, by `Uploads.writing`."""
+        self._writer.close()
+        self._ended.set()
+
+
+class Uploads:
+    """What may be done with uploads. `key` is the caller's."""
+
+    def __init__(self, store: Store, blobs: BlobStore, quotas: Quotas, clock: Clock) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._quotas = quotas
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._writing: dict[int, Writing] = {}
+
+    def get(self, key: bytes, digest: bytes) -> UploadView:
+        """How far the caller's upload is."""
+        with self._store.read() as session:
+            return view(db.upload_for(session, digest, key))
+
+    def begin(self, key: bytes, signed: bytes) -> UploadRow:
+        """The upload of a signed statement, made where it is new (crd-7, crd-8)."""
+        if len(signed) > limits.STATEMENT_BYTES:
+            raise RefusedError("too-large", f"a statement has at most {limits.STATEMENT_BYTES} bytes")
+        header = Upload.from_bytes(payload_unverified(signed)).header
+        with self._store.read() as session:
+            agreement_row, name = db.agreement_for(session, header.agreement, key)
+            if agreement_row.complete_ms is None:
+                raise RefusedError("agreement", "the agreement is not signed by all")
+        agreement = parsed(agreement_row.canonical)
+        upload = verify_upload(signed, agreement)
+        if header.party != name:
+            raise RefusedError("not-a-member", "the upload is another party's")
+        if agreement.expires_ms <= self._clock():
+            raise RefusedError("expired", "the agreement has expired")
+        size = blob_size(upload, agreement)
+        with self._store.write() as session:
+            row = session.scalar(select(UploadRow).where(UploadRow.digest == upload.digest))
+            if row is not None:
+                return row
+            self._check_quota(session, key, header.agreement, name, header.table, size)
+            row = UploadRow(
+                digest=upload.digest,
+                agreement=header.agreement,
+                party=name,
+                table_name=header.table,
+                cose=signed,
+                owner=key,
+                size=size,
+                stored=0,
+                begun_ms=self._clock(),
+                complete_ms=None,
+            )
+            session.add(row)
+            session.flush()
+            return row
+
+    def _check_quota(self, session: Session, key: bytes, agreement: bytes, party: str, table: str, size: int) -> None:
+        if db.stored_bytes(session, key) + size > self._quotas.bytes_per_member:
+            raise RefusedError("quota", "the uploads of this key would take more than its quota of bytes")
+        same = (
+            select(func.count())
+            .select_from(UploadRow)
+            .where(UploadRow.agreement == agreement, UploadRow.party == party, UploadRow.table_name == table)
+        )
+        if (session.scalar(same) or 0) >= self._quotas.uploads_per_table:
+            raise RefusedError("quota", "as many uploads of this table as a party may have")
+
+    @contextmanager
+    def writing(self, row: UploadRow) -> Iterator[Writing]:
+        """The one stream that writes an upload; a later one takes over, since the former one's client has gone (crd-9)."""
+        with self._lock:
+            before = self._writing.get(row.number)
+            if before is not None:
+                before.superseded.set()
+        if before is not None and not before.wait_end(BUSY_MS / 1000):
+            raise RefusedError("busy", "another stream still writes this upload")
+        with self._lock:
+            if row.number in self._writing:
+                raise RefusedError("busy", "another stream writes this upload")
+            # What was acknowledged may have grown since `row` was read.
+            with self._store.read() as session:
+                row = session.get_one(UploadRow, row.number)
+            current = Writing(self._store, self._clock, row, self._open(row))
+            self._writing[row.number] = current
+        try:
+            yield current
+        finally:
+            with self._lock:
+                del self._writing[row.number]
+            current.end()
+
+    def _open(self, row: UploadRow) -> BlobWriter:
+        name = upload_name(row.number)
+        try:
+            return self._blobs.writer(name, row.stored)
+        except OSError as error:
+            log.warning("blob-damaged", blob=name, error=type(error).__name__)
+            raise RefusedError("internal", "the coordinator's store has lost bytes of this upload") from error
