@@ -12,8 +12,8 @@ from support.roles import ROLES
 
 # Every section of the specification that has numbered steps.
 PREFIXES = (
-    "enc", "frm", "att", "idn", "agr", "lin", "off", "upl", "tab", "out", "join", "rcp", "ros", "cos", "rec", "chn", "bun", "cal",
-    "adm", "ses", "eng", "dis", "crd",
+    "enc", "frm", "stm", "att", "idn", "agr", "lin", "off", "upl", "tab", "out", "join", "rcp", "sta", "ros", "cos", "ref", "rec",
+    "chn", "bun", "cal", "adm", "ses", "eng", "dis", "crd",
 )  # fmt: skip
 _ANY = "|".join(PREFIXES)
 _DEFINED = re.compile(r"\*\*([a-z]{3,4}-\d+)\*\*")
