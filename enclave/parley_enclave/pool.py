@@ -231,9 +231,7 @@ class Pool:
 
     def _perform(self, number: int, queued: _Queued) -> Parts:
         for _ in range(limits.TASK_ATTEMPTS):
-            serve = self._take_serve(queued.generation)
-            with self._changed:
-                worker = self._workers[number]
+            serve, worker = self._take(number, queued.generation)
             # After anything but a result the connection may stand in the middle of an answer.
             keep = False
             try:
@@ -257,7 +255,8 @@ class Pool:
             if self._workers[number] is worker and not self._closed:
                 self._workers[number] = _Worker()
 
-    def _take_serve(self, generation: int) -> socket.socket:
+    def _take(self, number: int, generation: int) -> tuple[socket.socket, _Worker]:
+        """A Serve connection, and the lane's worker if it is still of this generation: no other may see the task's keys."""
         until = time.monotonic() + limits.SERVE_WAIT_MS / 1000
         while True:
             with self._changed:
@@ -268,9 +267,9 @@ class Pool:
                     raise UnavailableError("the workers are renewed")
                 if not self._serves:
                     raise UnavailableError("the host keeps no Serve connection open")
-                serve = self._serves.popleft()
+                serve, worker = self._serves.popleft(), self._workers[number]
             if _silent(serve):
-                return serve
+                return serve, worker
             serve.close()
 
     def _return_serve(self, serve: socket.socket, keep: bool) -> None:

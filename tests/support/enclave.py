@@ -202,7 +202,11 @@ class Host:
         """A connection to the enclave."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(SECONDS)
-        connection.connect(str(self._path))
+        try:
+            connection.connect(str(self._path))
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def ask(self, **op: Any) -> pb.Answer:
@@ -405,9 +409,10 @@ class Rows:
     site: np.ndarray[Any, Any]
 
 
-def rows_of(seed: int, count: int, *, people: int = 60) -> Rows:
-    """Random rows: keys of up to `people` people, amounts in cents, scores, sites 1 to 3."""
+def rows_of(seed: int, count: int) -> Rows:
+    """Random rows: keys of a person for every 20 rows, of 60 at least, amounts in cents, scores, sites 1 to 3."""
     random = np.random.default_rng(seed)
+    people = max(60, count // 20)
     return Rows(
         keys=np.sort(random.integers(1000, 1000 + people, count).astype("<u8")),
         amount=random.integers(0, 100_000, count).astype("<i8"),
@@ -484,7 +489,7 @@ class Party:
         """What the host stores."""
         return dict(zip(self.numbers, (sealed.blob for sealed in self.sealed), strict=True))
 
-    def joining(self, offer: VerifiedOffer, **wrong: Any) -> pb.Join:
+    def joining(self, offer: VerifiedOffer, /, **wrong: Any) -> pb.Join:
         """A fresh join of a session; `wrong` replaces fields of the statement."""
         digests = tuple(sealed.upload.digest for sealed in self.sealed)
         share = self.identity.derive(
