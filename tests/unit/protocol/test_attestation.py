@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from datetime import timedelta
+from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from parley_deploy.pki import Issued, moment
 from parley_protocol import cose, limits
+from parley_protocol.agreement import model as agreed
 from parley_protocol.attestation import roots
 from parley_protocol.attestation.document import extended, parse_unverified
 from parley_protocol.attestation.policy import Measurement, Policy, RootPolicy
@@ -44,6 +46,7 @@ from support.documents import (
     policy,
     root_sha256,
 )
+from support.enclave import Simulation, agreement_of, identities
 
 HOUR = 3_600_000
 
@@ -583,3 +586,21 @@ def test_the_pinned_root_is_the_certificate_of_aws() -> None:
     assert hashlib.sha256(der).digest() == roots.AWS_NITRO_ROOT_G1
     assert certificate.subject.rfc4514_string() == "CN=aws.nitro-enclaves,OU=AWS,O=Amazon,C=US"
     certificate.verify_directly_issued_by(certificate)
+
+
+def test_a_policy_says_what_its_agreement_says(tmp_path: Path) -> None:
+    image = agreed.Measurement(IMAGE.pcr0, IMAGE.pcr1, IMAGE.pcr2, b"\x08" * 48, until=date(2027, 1, 15))
+    real = agreement_of(Simulation(tmp_path), identities(["ann", "bob"]))
+    local = dataclasses.replace(real, root_sha256=root_sha256(), measurements=(image,))
+    made = Policy.of(local)
+    assert (made.agreement, made.root, made.max_age_ms) == (
+        local.digest,
+        RootPolicy.simulated(root_sha256()),
+        limits.DOCUMENT_AGE_MS,
+    )
+    # The named day is the last one: it ends 16 hours after the tests' time.
+    assert made.measurements == (Measurement(IMAGE.pcr0, IMAGE.pcr1, IMAGE.pcr2, b"\x08" * 48, NOW + 16 * HOUR),)
+    hardware = dataclasses.replace(local, platform=agreed.Platform.NITRO, root_sha256=None)
+    assert Policy.of(hardware).root == RootPolicy.nitro()
+    with pytest.raises(AgreementError):
+        Policy.of(dataclasses.replace(hardware, root_sha256=root_sha256()))
