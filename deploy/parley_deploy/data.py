@@ -57,8 +57,9 @@ def split_flights(folder: Path) -> dict[str, dict[str, Path]]:
             (member,) = [name for name in archive.namelist() if name.endswith(".csv") and not name.startswith("__")]
             raw = _unpacked(folder, ".flights.csv", archive.read(member))
         db.execute(
-            "CREATE TABLE flights AS SELECT carrier, make_date(year, month, day) AS day, flight, tailnum, origin, dest, "
-            "dep_delay, arr_delay FROM read_csv($1, nullstr=['', 'NA'], all_varchar=false, sample_size=-1)",
+            "CREATE TABLE flights AS SELECT carrier, make_date(year::INT, month::INT, day::INT) AS day, flight::INT AS flight, "
+            "tailnum, origin, dest, dep_delay::DOUBLE AS dep_delay, arr_delay::DOUBLE AS arr_delay "
+            "FROM read_csv($1, header=true, nullstr=['', 'NA'], all_varchar=true)",
             [raw],
         )
         Path(raw).unlink()

@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 1
         try:
             code = _detached(options, folder, tell)
-        except BaseException as error:  # the parent waits for a word, and the log keeps it
+        except SystemExit:
+            code = 0
+        except BaseException as error:  # noqa: BLE001  # the parent waits for a word, and the log keeps it
             print(f"the enclave did not start: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(code)

@@ -105,8 +105,13 @@ class Stack:
 
     def allow(self, public_files: Iterable[Path]) -> None:
         """Lets these members put agreements and open sessions."""
-        for path in public_files:
-            self._coordinator("operators", "add", str(path))
+        files = [str(path) for path in public_files]
+        if not files:
+            return
+        command = [sys.executable, "-m", "parley_coordinator", "operators", "add", "--dir", str(self.folder), *files]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise StackError(done.stderr.strip())
 
     def start(self) -> None:
         """Starts the coordinator, detached, and waits until it answers; nothing where it runs already."""
@@ -115,7 +120,7 @@ class Stack:
         (self.folder / "address").unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "parley_coordinator", "run", "--config", str(self.folder / "coordinator.toml")],
+                [sys.executable, "-m", "parley_coordinator", "run", "--dir", str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -10,7 +10,8 @@ import typer
 from parley.cli.app import command, make_app
 from parley.cli.console import Console, plural, short
 from parley.cli.exits import Exit, Failure
-from parley.cli.options import CertOption, JsonOption, KeyOption, ToOption, YesOption, connect, find_agreement, member
+from parley.cli.options import JsonOption
+from parley.cli.summary import notes
 
 if TYPE_CHECKING:
     from parley import Agreement
@@ -107,11 +108,12 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Read a draft and say what is wrong with it, by line and field, or its digest."""
+    from parley.agreements import load_source
     from parley_protocol.errors import AgreementError
 
     out = Console(as_json)
     try:
-        agreement, notes = load_source(file)
+        agreement = load_source(file)
     except AgreementError as error:
         for problem in error.problems:
             where = f"{file}:{problem.line}" if problem.line is not None else str(file)
@@ -120,9 +122,9 @@ def check(
         out.text(plural(len(error.problems), "error"))
         raise typer.Exit(Exit.DATA) from None
     out.text(headline(agreement))
-    for note in notes:
+    for note in notes(agreement):
         out.line("note", note)
-    out.result(**facts(agreement), notes=list(notes))
+    out.result(**facts(agreement), notes=notes(agreement))
 
 
 def headline(agreement: Agreement) -> str:

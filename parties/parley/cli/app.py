@@ -168,9 +168,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def preload() -> None:
     """Imports what commands import when they run, so that the first one of a long-lived process is as fast as the next."""
-    import parley.reading
-    import parley.transport
-    import parley.workflow
 
     _command()
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from parley.cli.app import command
-from parley.cli.console import Console, size
-from parley.cli.options import JsonOption, KeyOption, key_path
 
 
 def register(app: typer.Typer) -> None:

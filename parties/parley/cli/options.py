@@ -12,7 +12,7 @@ import typer
 from parley.cli.exits import Exit, Failure
 
 if TYPE_CHECKING:
-    from parley import Connection, Member
+    pass
 
 KeyOption = Annotated[
     Path | None,

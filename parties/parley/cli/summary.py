@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from parley.cli.console import plural, short
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from parley_protocol.agreement.model import Agreement, Grouping, Output, Rules, Value
 
-LABEL = 15
+LABEL: Final = 15
+"""Columns of the label in front of a line."""
 
 
 def lines(agreement: Agreement, member: str | None) -> list[str]:
@@ -82,7 +83,7 @@ def _joined(output: Output) -> str:
 
 
 def _rules(agreement: Agreement) -> list[str]:
-    units, parties = agreement.unit.name, party_word(agreement)
+    units, parties = several(agreement.unit.name), party_word(agreement)
     return [f"{_asks(rules)}{_effective(rules, units, parties)}" for rules in agreement.rules]
 
 
@@ -90,27 +91,41 @@ def _asks(rules: Rules) -> str:
     return f"{rules.member} asks: " if rules.member is not None else ""
 
 
-def _effective(rules: Rules, unit: str, parties: str) -> str:
+def _effective(rules: Rules, units: str, parties: str) -> str:
     if rules.coalition is None:
         return (
-            f"{rules.min_units} {unit} and {rules.min_parties} {parties} behind each value, "
+            f"{rules.min_units} {units} and {rules.min_parties} {parties} behind each value, "
             f"each of these with none or at least {rules.min_units} of its own"
         )
-    text = f"{rules.min_units} {unit} and {rules.parties_needed} {parties} behind each value"
+    text = f"{rules.min_units} {units} and {rules.parties_needed} {parties} behind each value"
     if rules.coalition == 1:
         return f"{text} ({rules.min_units} and {rules.min_parties}, whichever one of them is taken away)"
     if rules.coalition > 1:
         return f"{text} ({rules.min_units} and {rules.min_parties}, whichever {rules.coalition} of them are taken away)"
-    return f"{text}; a party that invents {unit} is not taken into account (coalition: 0)"
+    return f"{text}; a party that invents {units} is not taken into account (coalition: 0)"
 
 
 def _limits(agreement: Agreement) -> list[str]:
     known = min(rules.min_units for rules in agreement.rules) - 1
     most = max((len(agreement.tables[output.table].parties) for output in agreement.outputs.values()), default=0)
-    texts = [f"who knows {known} {agreement.unit.name} of a cell learns a bit about a {ordinal(known + 1)}"]
+    texts = [f"who knows {known} {several(agreement.unit.name) if known > 1 else agreement.unit.name} of a cell learns a bit about a {ordinal(known + 1)}"]
     if most > 1:
         texts.insert(0, f"{most - 1} colluding {party_word(agreement)} learn the share of the {ordinal(most)}")
     return texts
+
+
+_IRREGULAR: Final = {"person": "people", "aircraft": "aircraft", "child": "children", "woman": "women", "man": "men"}
+
+
+def several(noun: str) -> str:
+    """A unit's name as a plural, in English; a name that is none yet stays as it is."""
+    if noun in _IRREGULAR:
+        return _IRREGULAR[noun]
+    if not noun.isascii() or not noun[-1:].isalpha() or noun.endswith("s"):
+        return noun
+    if noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}s"
 
 
 def ordinal(number: int) -> str:
@@ -141,6 +156,8 @@ def platform(agreement: Agreement) -> str:
 
 
 def _session(agreement: Agreement) -> list[tuple[str, str]]:
+    from parley.agreements import duration
+
     session = agreement.session
     quorum = "all parties" if session.quorum == len(agreement.parties) else f"{session.quorum} of {len(agreement.parties)} parties"
     consent = (
@@ -156,9 +173,26 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
     ]
 
 
-def duration(ms: int) -> str:
-    """A span of time in the largest unit that divides it."""
-    for name, length in (("day", 86_400_000), ("hour", 3_600_000), ("minute", 60_000), ("second", 1000)):
-        if ms % length == 0 and ms >= length:
-            return plural(ms // length, name)
-    return f"{ms} ms"
+def notes(agreement: Agreement) -> list[str]:
+    """What is allowed and yet worth a second look before signing."""
+    found = []
+    idle = [name for name in agreement.parties if name not in agreement.recipients]
+    if idle:
+        found.append(f"{_some(idle)} {'receives' if len(idle) == 1 else 'receive'} no output")
+    alone = [name for name in agreement.members if name not in agreement.parties and name not in agreement.recipients]
+    if alone:
+        found.append(f"{_some(alone)} {'brings' if len(alone) == 1 else 'bring'} and {'receives' if len(alone) == 1 else 'receive'} nothing")
+    for output in agreement.outputs.values():
+        parties = len(agreement.tables[output.table].parties)
+        needed = max(rules.parties_needed for rules in agreement.rules)
+        if needed >= parties:
+            found.append(f"{output.name}: each of its {parties} {party_word(agreement)} must stand behind every value that is shown")
+    if any(rules.coalition == 0 for rules in agreement.rules):
+        found.append("coalition: 0 trusts every party not to invent rows")
+    if str(agreement.session.consent) == "standing":
+        found.append("consent: standing lets computations run that no party has countersigned")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])} and {len(names) - 5} others"
