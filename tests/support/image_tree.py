@@ -14,8 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOCK = ROOT / "deploy/parley_deploy/image/requirements.lock"
 PACKAGES = (ROOT / "protos/parley_protocol", ROOT / "enclave/parley_enclave")
-# The stub of the coordinator's service is for the two ends of that connection; the image has no gRPC.
-LEFT_OUT = ("__pycache__", "*.pyc", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
+LEFT_OUT = ("__pycache__", "*.pyc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,8 @@ def locked_interpreter(cache: Path = ROOT / ".cache") -> Path:
 
 
 def make_image_tree(folder: Path) -> ImageTree:
-    """Copies the two packages of the image into `folder` and pairs them with the locked interpreter."""
+    """Copies the two packages of the image and its lock into `folder` and pairs them with the locked interpreter."""
     for package in PACKAGES:
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copy(LOCK, folder / LOCK.name)
     return ImageTree(locked_interpreter(), folder)
