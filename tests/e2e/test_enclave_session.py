@@ -118,6 +118,7 @@ def test_a_session_from_load_to_stored(make: Make, simulation: Simulation) -> No
     roster, cose = run.start(offer)
     assert verify_roster(cose, offer.offer, run.agreement) == roster
     assert run.host.state().roster == cose
+    answer = pb.Answer()
     for name, left in zip(NAMES, (["birch", "cedar"], ["cedar"], None), strict=True):
         answer = run.host.ask(countersign=run.parties[name].consent(offer, roster))
         if left is not None:

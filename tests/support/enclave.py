@@ -84,7 +84,8 @@ class Simulation:
         self.ahead_ms = 0
         """How far the module's clock is ahead of this machine's."""
         self.root = LocalRoot.create(system_now_ms())
-        self.measurement = Measurement(*(image_measurements(None)[index] for index in range(3)))
+        measured = image_measurements(None)
+        self.measurement = Measurement(measured[0], measured[1], measured[2])
         self.process: subprocess.Popen[bytes] | None = None
         self._nsm_listener: socket.socket | None = None
         self._boots = 0
@@ -599,6 +600,7 @@ class Run:
         self, offer: VerifiedOffer, roster: Roster, former: Mapping[str, Sequence[pb.FormerRoster]] | None = None
     ) -> pb.Answer:
         """Countersigns for all included parties; the answer to the last one."""
+        answer = pb.Answer()
         for entry in roster.included:
             consent = self.parties[entry.party].consent(offer, roster, (former or {}).get(entry.party, ()))
             answer = self.host.ask(countersign=consent)

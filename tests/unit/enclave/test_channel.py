@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from parley_enclave import channel
 from parley_enclave.channel import Connection, Server, is_host, listen
 from parley_protocol import framing, limits
 from parley_protocol.errors import MalformedError
@@ -57,7 +56,12 @@ def test_vsock_listens_by_the_same_code() -> None:
 def test_an_ask_arrives_in_any_pieces_and_nothing_is_read_beyond_it(pair: tuple[socket.socket, Connection]) -> None:
     theirs, connection = pair
     whole = framing.pack(pb.Ask(status=pb.Status()).SerializeToString()) + b"next"
-    sender = threading.Thread(target=lambda: [theirs.sendall(whole[i : i + 1]) for i in range(len(whole))])
+
+    def send() -> None:
+        for place in range(len(whole)):
+            theirs.sendall(whole[place : place + 1])
+
+    sender = threading.Thread(target=send)
     sender.start()
     assert connection.receive().WhichOneof("op") == "status"
     sender.join()
@@ -84,7 +88,7 @@ def test_a_host_that_is_slow_is_cut_off(
     pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, connection = pair
-    monkeypatch.setattr(channel.limits, "ASK_TIMEOUT_MS", 50)
+    monkeypatch.setattr("parley_protocol.limits.ASK_TIMEOUT_MS", 50)
     theirs.sendall(b"\0")
     with pytest.raises(OSError, match="timed out"):
         connection.receive()
