@@ -256,10 +256,15 @@ class Aggregate:
                 part = slice(start, start + _EXACT_ROWS)
                 self._measure_exact(state, number, cells[part], values[part])
             return
-        sums = self._sums(cells, values)
+        mean = self._sums(cells, values) / np.maximum(rows, 1)
+        gone = values - mean[cells]
+        # What the first pass lost to rounding, which is then also what keeps `mean` from being the mean.
+        lost = self._sums(cells, gone)
+        sums = mean * rows + lost
         if measured.squares:
-            gone = values - (sums / np.maximum(rows, 1))[cells]
-            deviations = self._sums(cells, gone * gone)
+            squares = self._sums(cells, gone * gone) - lost * lost / np.maximum(rows, 1)
+            # Rounding may leave less than nothing where all values are equal.
+            deviations = np.maximum(squares, 0.0)
             before = state[f"rows.{measured.basis}"]
             total = state[f"sum.{number}"].sum(axis=0)
             _add_deviations(state[f"deviations.{number}"], before, total, deviations, rows, sums)
