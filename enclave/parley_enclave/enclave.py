@@ -57,6 +57,7 @@ class Enclave:
         self._phases = Phases()
         self._bound: bytes | None = None
         self._lineage: tuple[Agreement, ...] = ()
+        self._named_heads: frozenset[bytes] = frozenset()
         self._session: Session | None = None
         self._last_request = b""
         self._stored: tuple[bytes, bytes] | None = None
@@ -77,6 +78,7 @@ class Enclave:
             lineage.check_time(agreement, self._nsm.now_ms())
             if self._phases.now is Phase.EMPTY:
                 self._lineage = versions
+                self._named_heads = lineage.named_heads(signed[-1][1])
                 self._move(Op.LOAD, Phase.LOADED)
             return self._pool.size
 
@@ -98,6 +100,7 @@ class Enclave:
             now = self._nsm.now_ms()
             lineage.check_time(agreement, now)
             chain = verify_chain(records, self._lineage, now_ms=now)
+            lineage.check_heads(self._named_heads, records)
             if chain.charged >= agreement.session.max_releases:
                 raise RefusedError("exhausted")
             made = keys.make(self._nsm.random)

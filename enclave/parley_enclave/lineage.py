@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from parley_protocol.agreement.signed import SignedAgreement
-
 from parley_enclave.nsm import Nsm
 from parley_protocol.agreement.model import Agreement
+from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.attestation.document import ZERO_PCR, extended
 from parley_protocol.attestation.policy import AGREEMENT_PCR, IMAGE_PCRS
 from parley_protocol.chain import verify_lineage
+from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import RefusedError
+from parley_protocol.transcript import GENESIS, AgreementSignature, Record
 
 
 def verify(signed: Sequence[tuple[bytes, Mapping[str, bytes]]]) -> tuple[Agreement, ...]:
@@ -24,6 +25,21 @@ def verify(signed: Sequence[tuple[bytes, Mapping[str, bytes]]]) -> tuple[Agreeme
     ParleyError where one is malformed, not signed by all its members, or does not follow the one before (lin-*).
     """
     return verify_lineage([SignedAgreement(canonical, dict(signatures)) for canonical, signatures in signed])
+
+
+def named_heads(signatures: Mapping[str, bytes]) -> frozenset[bytes]:
+    """The heads that an amendment's signers named; the signatures are verified already."""
+    return frozenset(AgreementSignature.from_bytes(payload_unverified(signed)).head for signed in signatures.values())
+
+
+def check_heads(named: frozenset[bytes], records: Sequence[tuple[bytes, bytes]]) -> None:
+    """That every named head stands on the chain of verified records: the host hides none that a signer had seen.
+
+    RefusedError "head".
+    """
+    heads = {GENESIS, *(Record.from_bytes(payload_unverified(signed)).head for signed, _ in records)}
+    if not named <= heads:
+        raise RefusedError("head")
 
 
 def check_image(agreement: Agreement, nsm: Nsm) -> None:

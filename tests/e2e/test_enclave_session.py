@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +161,7 @@ def test_ses_13_two_runs_have_the_same_record_body_and_plaintext(make: Make, sim
     run.close()
     simulation.workers = 1
     simulation.boot()
-    again = Run(simulation, run.agreement, run.members, run.rows)
-    again.parties = run.parties
-    again.host.blobs = run.host.blobs
+    again = run.again()
     again.load()
     second = computed(again)[2]
     again.close()
@@ -263,9 +263,6 @@ def test_an_agreement_that_is_not_signed_by_all_is_refused(simulation: Simulatio
 
 
 def test_an_agreement_for_another_image_or_of_the_past_is_refused(simulation: Simulation) -> None:
-    from dataclasses import replace
-    from datetime import date
-
     members = identities(NAMES)
     agreement = agreement_of(simulation, members)
     foreign = replace(agreement, measurements=(replace(simulation.measurement, pcr0=b"\1" * 48),))
@@ -276,6 +273,69 @@ def test_an_agreement_for_another_image_or_of_the_past_is_refused(simulation: Si
     assert run.host.state().phase == "empty"
     # The register holds the expired one now.
     assert run.host.refused(load=pb.Load(agreements=[signed(agreement, members)])) == "conflict"
+
+
+def amended(agreement: Agreement, **changes: Any) -> Agreement:
+    """The next version of an agreement."""
+    return replace(
+        agreement, version=agreement.version + 1, series_digest=agreement.series, replaces=agreement.digest, **changes
+    )
+
+
+def test_an_amendment_goes_on_with_the_chain(make: Make, simulation: Simulation) -> None:
+    run = make(max_releases=2)
+    offer, _, release = computed(run)
+    run.stored(offer, release)
+    head = run_head(run)
+    run.close()
+    second = amended(run.agreement, purpose="Another test.")
+    simulation.boot()
+    later = Run(simulation, second, run.members, run.rows)
+    later.chain = run.chain
+    later.host.load(signed(run.agreement, run.members), signed(second, run.members, head))
+    # Its signers have seen a record: the host cannot leave it out.
+    assert later.host.refused(begin=pb.Begin(request=os.urandom(16))) == "head"
+    offer = later.offer(head)
+    later.join(offer)
+    roster, _ = later.start(offer)
+    release = released(later.countersign(offer, roster))
+    body = Record.from_bytes(payload(release.cose)).body
+    assert (body.agreement, body.sequence, body.charged, body.previous) == (second.digest, 2, 2, head)
+    later.stored(offer, release)
+    later.close()
+    # Version 1 is still signed by all, and no longer good for this chain (F5).
+    simulation.boot()
+    old = Run(simulation, run.agreement, run.members, run.rows)
+    old.load()
+    assert old.host.refused(begin=pb.Begin(request=os.urandom(16), chain=later.chain)) == "agreement"
+    old.close()
+
+
+def test_an_amendment_that_follows_no_version_one_is_refused(simulation: Simulation) -> None:
+    members = identities(NAMES)
+    first = agreement_of(simulation, members)
+    second = amended(first, purpose="Another test.")
+    run = Run(simulation, second, members, {name: {"visits": rows_of(1, 10)} for name in NAMES})
+    foreign = agreement_of(simulation, members, max_releases=3)
+    for lineage in ([second], [foreign, second], [second, first], [first, first]):
+        load = pb.Load(agreements=[signed(version, members) for version in lineage])
+        assert run.host.refused(load=load) == "agreement"
+    run.close()
+
+
+def test_a_party_may_bring_two_tables(simulation: Simulation) -> None:
+    members = identities(NAMES)
+    agreement = agreement_of(simulation, members, tables={"visits": NAMES, "calls": ("birch",)})
+    rows = {name: {"visits": rows_of(number, 800)} for number, name in enumerate(NAMES)}
+    rows["birch"]["calls"] = rows_of(9, 20_000)
+    run = Run(simulation, agreement, members, rows)
+    run.load()
+    _, _, release = computed(run)
+    opened = run.open(release, "cedar")
+    check(run, opened["by_site"])
+    calls = rows["birch"]["calls"]
+    assert columns(opened["by_site_1"])["rows"] == tuple(int((calls.site == site).sum()) for site in (1, 2, 3))
+    run.close()
 
 
 def test_ses_1_operations_before_their_time_are_refused(simulation: Simulation) -> None:
@@ -722,9 +782,7 @@ def test_a_host_that_restarts_while_computing_attaches_again(make: Make, simulat
         until(lambda: run.host.state().phase == "computing")
     run.host.close()
     hold.set()
-    again = Run(simulation, run.agreement, run.members, run.rows)
-    again.parties = run.parties
-    again.host.blobs = run.host.blobs
+    again = run.again()
     again.load()
     state = again.host.state()
     assert (state.phase, state.offer) == ("computing", offer.offer.to_bytes())

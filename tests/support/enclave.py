@@ -548,7 +548,7 @@ class Run:
         simulation: Simulation,
         agreement: Agreement,
         members: Mapping[str, PrivateIdentity],
-        rows: Mapping[str, Mapping[str, Rows]],
+        rows: Mapping[str, dict[str, Rows]],
     ) -> None:
         self.simulation = simulation
         self.agreement = agreement
@@ -563,6 +563,14 @@ class Run:
     def load(self) -> None:
         """Loads the agreement."""
         self.host.load(signed(self.agreement, self.members))
+
+    def again(self) -> Run:
+        """The same members, tables and chain with a new host, on whatever enclave the simulation runs now."""
+        other = Run(self.simulation, self.agreement, self.members, self.rows)
+        other.parties = self.parties
+        other.host.blobs = self.host.blobs
+        other.chain = self.chain
+        return other
 
     def offer(self, head: bytes = GENESIS, request: bytes | None = None) -> VerifiedOffer:
         """Begins a session, or the one of `request` again, and verifies the offer as a client does."""
