@@ -27,7 +27,7 @@ class Events:
                 db.session_for(session, session_id, key)
 
     def after(self, key: bytes, number: int, session_id: bytes) -> list[EventRow]:
-        """The next events after a number, oldest first, at most PAGE; of one session or of all agreements of the key."""
+        """The next events after a number, oldest first, at most PAGE; of one session or of all agreements of the key (crd-18)."""
         query = (
             select(EventRow)
             .where(

@@ -507,9 +507,9 @@ class Live:
 
     def _await_release(self, party: str | None, outcome: Future[None]) -> None:
         def told(percent: int) -> None:
+            self._computing()
             if not outcome.done():
                 outcome.set_result(None)
-            self._computing()
             self.percent = percent
             steps(percent)
 

@@ -155,8 +155,8 @@ class FrameServer:
                 with connect(self._address) as connection:
                     pause = 0.05
                     self._serve(connection)
-            except GoneError:
-                log.debug("serve-ends", address=self._address)
+            except (GoneError, ConnectionResetError):
+                log.debug("serve-ended", address=self._address)
             except (OSError, UnavailableError, MalformedError) as error:
                 if not self._closing.is_set():
                     log.warning("serve-broke", error=type(error).__name__)
@@ -209,7 +209,7 @@ class FrameServer:
 def plan(pull: pb.Pull, size: int) -> tuple[list[int], list[tuple[int, int]], int]:
     """How a Pull of a blob of `size` bytes is answered: (length of each range, adjacent ranges joined, all bytes).
 
-    A range that the blob does not hold as a whole has length 0 (frm-5), as has each beyond the limits of one frame.
+    A range that the blob does not hold as a whole has length 0, as has each beyond the limits of one frame.
     """
     lengths: list[int] = []
     runs: list[tuple[int, int]] = []

@@ -34,7 +34,7 @@ class Releases:
         self._clock = clock
 
     def bundle(self, key: bytes, identifier: bytes) -> OpenBundle:
-        """The bundle of a released session; the caller closes its reader."""
+        """The bundle of a released session (crd-19); the caller closes its reader."""
         with self._store.read() as session:
             row, name = db.session_for(session, identifier, key)
             size = db.bundle_of(session, row).size
@@ -50,7 +50,7 @@ class Releases:
                 db.happened(session, "fetched", row.agreement, now, of=row.session, member=bundle.member)
 
     def chain(self, key: bytes, series: bytes, after: bytes) -> list[tuple[bytes, bytes]]:
-        """(record, document) after a head, oldest first, to members of any version; "head" for one that is not here."""
+        """(record, document) after a head, oldest first, to members of any version; "head" for one that is not here (crd-20)."""
         with self._store.read() as session:
             member = session.scalar(
                 select(Membership.name)

@@ -1,6 +1,6 @@
 """The one table from stable code to gRPC status, and the `google.rpc.Status` that carries a code to the caller.
 
-Every error carries `google.rpc.ErrorInfo`: reason = the code, domain = "parley", metadata `cause` (the meaning of the
+crd-21: every error carries `google.rpc.ErrorInfo`: reason = the code, domain = "parley", metadata `cause` (the meaning of the
 code), `who` (who must act: caller, party, operator, members) and `retry` ("true" where the same call may be repeated).
 """
 
@@ -56,6 +56,7 @@ TABLE: Final[dict[str, Row]] = {
     "exhausted": Row(_S.FAILED_PRECONDITION, "members"),
     "lost": Row(_S.ABORTED, "members"),
     "state": Row(_S.FAILED_PRECONDITION, "caller"),
+    "passphrase": Row(_S.FAILED_PRECONDITION, "caller"),
     "unknown-session": Row(_S.NOT_FOUND, "caller"),
     "unknown-agreement": Row(_S.NOT_FOUND, "caller"),
     "unknown-upload": Row(_S.NOT_FOUND, "caller"),

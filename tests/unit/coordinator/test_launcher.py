@@ -1,0 +1,131 @@
+"""The launcher `local`: detached processes, found again, bounded in number, ended with all that belongs to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from parley_coordinator.config import ConfigError, Local
+from parley_coordinator.launcher import EnclaveHandle, LocalLauncher
+from parley_protocol.errors import UnavailableError
+from support.enclave import until
+
+# Daemonises like the real one: two forks, a listener, pid files, the folder in its command line.
+SCRIPT = """
+import os, socket, sys, time
+folder = sys.argv[sys.argv.index("--dir") + 1]
+if "--fail" in sys.argv:
+    sys.exit("no module here")
+ready, tell = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(folder + "/enclave.sock")
+    listener.listen(8)
+    for name in ("enclave.pid", "nsm.pid"):
+        with open(folder + "/" + name, "w") as file:
+            file.write(str(os.getpid()))
+    os.write(tell, b"r")
+    for number in (0, 1, 2):
+        os.close(number)
+    time.sleep(60)
+    os._exit(0)
+os.read(ready, 1)
+"""
+FIRST, SECOND = b"1" * 48, b"2" * 48
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "l.py").write_text(SCRIPT)
+    return (sys.executable, str(tmp_path / "l.py"))
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, command: tuple[str, ...]) -> Iterator[LocalLauncher]:
+    made = LocalLauncher(Local(command, tmp_path / "e"), 2)
+    yield made
+    for handle in made.find():
+        made.stop(handle)
+
+
+def pid_of(tmp_path: Path, handle: EnclaveHandle) -> int:
+    return int((tmp_path / "e" / handle.id / "enclave.pid").read_text())
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: one that has ended may wait to be reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_enclaves_are_found_by_another_launcher(
+    launcher: LocalLauncher, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    handle = launcher.launch(FIRST)
+    assert handle.agreement == FIRST
+    assert handle.address == f"unix:{tmp_path / 'e' / handle.id / 'enclave.sock'}"
+    assert LocalLauncher(Local(command, tmp_path / "e"), 2).find() == [handle]
+
+
+def test_no_more_than_there_is_capacity_for(launcher: LocalLauncher) -> None:
+    handles = [launcher.launch(FIRST), launcher.launch(SECOND)]
+    with pytest.raises(UnavailableError) as caught:
+        launcher.launch(FIRST)
+    assert caught.value.code == "no-capacity"
+    assert caught.value.retry_after_ms is not None
+    launcher.stop(handles[0])
+    assert launcher.launch(FIRST).agreement == FIRST
+
+
+def test_stopping_ends_the_process_and_its_folder(launcher: LocalLauncher, tmp_path: Path) -> None:
+    handle = launcher.launch(FIRST)
+    pid = pid_of(tmp_path, handle)
+    launcher.stop(handle)
+    launcher.stop(handle)
+    assert launcher.find() == []
+    assert not (tmp_path / "e" / handle.id).exists()
+    assert not alive(pid)
+
+
+def test_a_dead_enclave_is_not_found_and_frees_its_place(launcher: LocalLauncher, tmp_path: Path) -> None:
+    dead, other = launcher.launch(FIRST), launcher.launch(SECOND)
+    pid = pid_of(tmp_path, dead)
+    os.kill(pid, 9)
+    until(lambda: not alive(pid))
+    assert launcher.find() == [other]
+    assert launcher.launch(FIRST).id != dead.id
+
+
+def test_a_number_that_is_now_another_process_is_left_alone(launcher: LocalLauncher, tmp_path: Path) -> None:
+    handle = launcher.launch(FIRST)
+    os.kill(pid_of(tmp_path, handle), 9)
+    for name in ("enclave.pid", "nsm.pid"):
+        (tmp_path / "e" / handle.id / name).write_text(str(os.getpid()))
+    launcher.stop(handle)
+    assert not (tmp_path / "e" / handle.id).exists()
+
+
+def test_what_does_not_start_is_unavailable_and_leaves_nothing(tmp_path: Path, command: tuple[str, ...]) -> None:
+    commands = ((*command, "--fail"), (str(tmp_path / "none"),), (sys.executable, "-c", "pass"))
+    for broken in commands:
+        launcher = LocalLauncher(Local(broken, tmp_path / "e"), 2)
+        with pytest.raises(UnavailableError) as caught:
+            launcher.launch(FIRST)
+        assert caught.value.code == "unavailable"
+        assert list((tmp_path / "e").iterdir()) == []
+
+
+def test_paths_that_no_socket_can_have_are_a_config_error(tmp_path: Path, command: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.local\.folder"):
+        LocalLauncher(Local(command, tmp_path / ("x" * 80)), 2)
+
+
+def test_foreign_folders_are_no_enclaves(launcher: LocalLauncher, tmp_path: Path) -> None:
+    (tmp_path / "e" / "notes").mkdir()
+    assert launcher.find() == []
+    assert (tmp_path / "e" / "notes").exists()

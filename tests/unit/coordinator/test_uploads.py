@@ -1,0 +1,201 @@
+"""Uploads: resumed at any byte, bounded, one stream at a time, and `stored` only when it is on the disk."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from parley_coordinator.blobs import upload_name
+from parley_coordinator.config import Quotas
+from parley_coordinator.models import EventRow, UploadRow
+from parley_coordinator.uploads import UploadView
+from parley_protocol import limits
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.errors import MalformedError, ParleyError, RefusedError
+from parley_protocol.transcript import Upload
+from support.desk import MEMBERS, STRANGER, Desk, key, make_agreement
+from support.enclave import Sealed
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+@pytest.fixture
+def agreement(desk: Desk) -> Agreement:
+    made = make_agreement()
+    desk.sign(made)
+    return made
+
+
+@pytest.fixture
+def sealed(desk: Desk, agreement: Agreement) -> Sealed:
+    return desk.sealed(agreement, "bob")
+
+
+def stored(desk: Desk, sealed: Sealed) -> bytes:
+    with desk.store.read() as session:
+        row = session.query(UploadRow).filter_by(digest=sealed.upload.digest).one()
+    return desk.blobs.reader(upload_name(row.number)).read(0, 1 << 30)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_crd_9_an_upload_is_resumed_at_arbitrary_offsets(desk: Desk, sealed: Sealed, seed: int) -> None:
+    numbers = random.Random(seed)
+    size, at = len(sealed.blob), 0
+    while at < size:
+        end = min(size, at + numbers.randrange(1, size // 3))
+        overlap = numbers.randrange(0, min(at, 5000) + 1)
+        view = desk.upload(sealed, "bob", at - overlap, end)
+        assert (view.stored, view.size, view.complete) == (end, size, end == size)
+        assert desk.uploads.get(key("bob"), sealed.upload.digest) == view
+        at = end
+    assert stored(desk, sealed) == sealed.blob
+
+
+def test_crd_9_what_is_not_synced_is_not_told(desk: Desk, sealed: Sealed) -> None:
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    with desk.uploads.writing(row) as writing:
+        writing.write(0, sealed.blob[:1000])
+        writing.sync()
+        writing.write(1000, sealed.blob[1000:2000])
+        assert desk.uploads.get(key("bob"), sealed.upload.digest).stored == 1000
+        assert writing.unsynced == 1000
+    with desk.uploads.writing(row) as writing:
+        assert writing.position == 1000
+
+
+def test_crd_9_a_gap_too_much_and_too_large(desk: Desk, sealed: Sealed) -> None:
+    size = len(sealed.blob)
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    wrong = [
+        (1, b"x", "incomplete"),
+        (size, b"x", "too-large"),
+        (0, bytes(limits.CHUNK_BYTES + 1), "too-large"),
+        (2**63, b"x", "too-large"),
+        (0, b"", "malformed"),
+    ]
+    with desk.uploads.writing(row) as writing:
+        for offset, data, code in wrong:
+            with pytest.raises(ParleyError) as caught:
+                writing.write(offset, data)
+            assert caught.value.code == code
+        assert writing.position == 0
+
+
+def test_crd_9_a_later_stream_takes_over(desk: Desk, sealed: Sealed) -> None:
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    positions: list[int] = []
+
+    def second() -> None:
+        with desk.uploads.writing(row) as writing:
+            positions.append(writing.position)
+
+    with desk.uploads.writing(row) as first:
+        first.write(0, sealed.blob[:500])
+        first.sync()
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert first.superseded.wait(5)
+        with pytest.raises(RefusedError) as caught:
+            first.write(500, b"x")
+        assert caught.value.code == "busy"
+    thread.join()
+    assert positions == [500]
+
+
+def test_crd_9_a_stream_that_does_not_end_keeps_the_later_one_out(desk: Desk, sealed: Sealed) -> None:
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    with desk.uploads.writing(row), pytest.raises(RefusedError) as caught, desk.uploads.writing(row):
+        raise AssertionError("two streams write one upload")
+    assert caught.value.code == "busy"
+
+
+def test_crd_7_the_same_statement_is_the_same_upload(desk: Desk, sealed: Sealed) -> None:
+    first = desk.uploads.begin(key("bob"), sealed.cose)
+    assert desk.uploads.begin(key("bob"), sealed.cose).number == first.number
+    view = desk.upload(sealed, "bob")
+    assert view == UploadView(len(sealed.blob), len(sealed.blob), complete=True)
+    assert desk.uploads.begin(key("bob"), sealed.cose).complete_ms is not None
+    with desk.store.read() as session:
+        events = session.query(EventRow).filter_by(kind="uploaded").all()
+        assert [(event.member, event.table_name) for event in events] == [("bob", "visits")]
+
+
+def test_crd_7_only_the_party_itself_and_only_its_own_statement(
+    desk: Desk, agreement: Agreement, sealed: Sealed
+) -> None:
+    for caller, code in ((key("ann"), "not-a-member"), (STRANGER.public.signing, "unknown-agreement")):
+        with pytest.raises(RefusedError) as caught:
+            desk.uploads.begin(caller, sealed.cose)
+        assert caught.value.code == code
+    forged = MEMBERS["cyd"].sign(sealed.upload.to_bytes())
+    with pytest.raises(ParleyError) as error:
+        desk.uploads.begin(key("bob"), forged)
+    assert error.value.code == "signature"
+    with pytest.raises(MalformedError):
+        desk.uploads.begin(key("bob"), b"garbage")
+    with pytest.raises(RefusedError) as caught:
+        desk.uploads.begin(key("bob"), bytes(limits.STATEMENT_BYTES + 1))
+    assert caught.value.code == "too-large"
+    for caller in (key("ann"), STRANGER.public.signing):
+        with pytest.raises(RefusedError) as caught:
+            desk.uploads.get(caller, sealed.upload.digest)
+        assert caught.value.code == "unknown-upload"
+
+
+def test_crd_7_not_before_all_have_signed_and_not_after_the_end(desk: Desk) -> None:
+    other = make_agreement(max_releases=9)
+    desk.sign(other, "ann", "bob")
+    sealed = desk.sealed(other, "bob")
+    with pytest.raises(RefusedError) as caught:
+        desk.uploads.begin(key("bob"), sealed.cose)
+    assert caught.value.code == "agreement"
+    desk.sign(other)
+    desk.now = other.expires_ms
+    with pytest.raises(RefusedError) as caught:
+        desk.uploads.begin(key("bob"), sealed.cose)
+    assert caught.value.code == "expired"
+
+
+def test_crd_8_the_size_follows_from_the_statement(desk: Desk, agreement: Agreement) -> None:
+    for rows in (10, 3000, 40_000):
+        sealed = desk.sealed(agreement, "bob", rows)
+        assert desk.uploads.begin(key("bob"), sealed.cose).size == len(sealed.blob)
+
+
+def test_crd_8_quotas_of_bytes_and_uploads(tmp_path: Path) -> None:
+    agreement = make_agreement()
+    probe = Desk(tmp_path)
+    probe.sign(agreement)
+    size = len(probe.sealed(agreement, "bob").blob)
+    for name, quotas in (("a", Quotas(bytes_per_member=2 * size)), ("b", Quotas(uploads_per_table=2))):
+        (tmp_path / name).mkdir()
+        desk = Desk(tmp_path / name, quotas)
+        desk.sign(agreement)
+        for _ in range(2):
+            desk.uploads.begin(key("bob"), desk.sealed(agreement, "bob").cose)
+        with pytest.raises(RefusedError) as caught:
+            desk.uploads.begin(key("bob"), desk.sealed(agreement, "bob").cose)
+        assert caught.value.code == "quota"
+        assert desk.upload(desk.sealed(agreement, "ann"), "ann").complete
+
+
+def test_a_blob_that_lost_stored_bytes_is_told(desk: Desk, sealed: Sealed) -> None:
+    desk.upload(sealed, "bob", 0, 1000)
+    with desk.store.read() as session:
+        number = session.query(UploadRow.number).scalar()
+    desk.blobs.delete(upload_name(number))
+    with pytest.raises(RefusedError) as caught:
+        desk.upload(sealed, "bob", 1000)
+    assert caught.value.code == "internal"
+
+
+def test_the_statement_is_kept_as_it_came(desk: Desk, sealed: Sealed) -> None:
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    assert row.cose == sealed.cose
+    assert Upload.from_bytes(sealed.upload.to_bytes()).digest == row.digest
