@@ -1,0 +1,144 @@
+"""The address book: whose key is whose, once people have compared fingerprints. Names in agreements prove nothing (F9)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parley.disk import locked, make_folder, write_file
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.errors import MalformedError, StateError
+from parley_protocol.identity import PublicIdentity, load_public
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """A name and its key; `confirmed` once the fingerprint was compared with the owner."""
+
+    name: str
+    public: PublicIdentity
+    confirmed: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """What people read to each other."""
+        return self.public.fingerprint
+
+
+class Contacts:
+    """The contacts of one member, in `folder`."""
+
+    def __init__(self, folder: Path, own: PublicIdentity) -> None:
+        self._folder = folder
+        self._file = folder / "contacts.json"
+        self._own = own
+
+    def list(self) -> tuple[Contact, ...]:
+        """All contacts, by name."""
+        return tuple(
+            Contact(name, PublicIdentity.from_bytes(bytes.fromhex(entry["public"])), entry["confirmed"] is True)
+            for name, entry in sorted(self._read().items())
+        )
+
+    def get(self, name: str) -> Contact:
+        """The contact of this name; StateError where there is none."""
+        contact = next((contact for contact in self.list() if contact.name == name), None)
+        if contact is None:
+            raise StateError(f"{name} is not among your contacts")
+        return contact
+
+    def add(self, path: str | Path, name: str | None = None) -> Contact:
+        """Adds the key in a public file, named like the file unless `name` is given; not confirmed yet."""
+        path = Path(path)
+        return self.put(name or path.stem, load_public(path.read_bytes()))
+
+    def put(self, name: str, public: PublicIdentity) -> Contact:
+        """Adds a key under a name; StateError where the name stands for another key already. One's own key is left out."""
+        if public == self._own:
+            return Contact(name, public, True)
+        with self._changing() as entries:
+            known = entries.get(name)
+            if known is not None and known["public"] != public.to_bytes().hex():
+                raise StateError(f"{name} is known with another key; remove that contact first if its owner has a new one")
+            entry = known or {"public": public.to_bytes().hex(), "confirmed": False}
+            entries[name] = entry
+        return Contact(name, public, entry["confirmed"] is True)
+
+    def confirm(self, name: str, fingerprint: str) -> Contact:
+        """Notes that `fingerprint` was compared with its owner; StateError where it is not the one of this contact."""
+        contact = self.get(name)
+        if _digits(fingerprint) != _digits(contact.fingerprint):
+            raise StateError(f"the fingerprint of {name} is {contact.fingerprint}, not the one that you were told")
+        with self._changing() as entries:
+            entry = entries.get(name)
+            if entry is None or entry["public"] != contact.public.to_bytes().hex():
+                raise StateError(f"the contact {name} was changed meanwhile")
+            entry["confirmed"] = True
+        return Contact(name, contact.public, True)
+
+    def remove(self, name: str) -> None:
+        """Forgets a contact."""
+        with self._changing() as entries:
+            if entries.pop(name, None) is None:
+                raise StateError(f"{name} is not among your contacts")
+
+    def unconfirmed(self, agreement: Agreement) -> tuple[Contact, ...]:
+        """The other members of an agreement whose key, under this name, is not confirmed."""
+        confirmed = {(contact.name, contact.public) for contact in self.list() if contact.confirmed}
+        return tuple(
+            Contact(name, public, False)
+            for name, public in agreement.members.items()
+            if public != self._own and (name, public) not in confirmed
+        )
+
+    def _changing(self) -> _Changing:
+        make_folder(self._folder)
+        return _Changing(self)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads(self._file.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise StateError(f"{self._file} is damaged") from None
+        if not isinstance(found, dict):
+            raise StateError(f"{self._file} is damaged")
+        return found
+
+    def _write(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        write_file(self._file, json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False).encode())
+
+
+class _Changing:
+    """The entries for a change under the lock, written at its end."""
+
+    def __init__(self, contacts: Contacts) -> None:
+        self._contacts = contacts
+        self._lock = locked(contacts._folder / "lock")
+
+    def __enter__(self) -> dict[str, dict[str, Any]]:
+        self._lock.__enter__()
+        try:
+            self._entries = self._contacts._read()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self._entries
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        try:
+            if kind is None:
+                self._contacts._write(self._entries)
+        finally:
+            self._lock.__exit__(None, None, None)
+
+
+def _digits(fingerprint: str) -> str:
+    text = "".join(fingerprint.lower().replace("-", " ").split())
+    if len(text) != 16 or any(digit not in "0123456789abcdef" for digit in text):
+        raise MalformedError("a fingerprint has 16 digits, such as 7f3a-91c2-0b5e-d4d8")
+    return text

@@ -1,0 +1,243 @@
+"""Sealing: a prepared table to a blob on disk, once. What was sealed is only ever sent again, never sealed again.
+
+A content key seals one content: a changed file gets a new key and a new upload (REVIEW T2). The blob, the signed statement
+and the content key stand in one directory of the spool, which appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from parley.disk import Vault, sync_folder, write_file
+from parley.reading import PreparedTable, Progress
+from parley_protocol import limits
+from parley_protocol.agreement.schema import Table
+from parley_protocol.claims import VerifiedOffer
+from parley_protocol.errors import MalformedError, StateError
+from parley_protocol.identity import PrivateIdentity
+from parley_protocol.shapes import Bytes, Shape, Statement, Text, Uint
+from parley_protocol.table import HASH_BYTES, KEY_PAD, Layout, bucket, frames_digest, seal_frame, seal_manifest
+from parley_protocol.transcript import Upload, UploadHeader, frame_key, key_commitment
+
+BLOB = "blob"
+ENTRY = "upload"
+_STATEMENT = Bytes(1, limits.STATEMENT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled(Statement):
+    """An upload that stands sealed in the spool. `source`: SHA-256 of what it was made from; `key`: the content key, sealed
+    to this member's own state."""
+
+    LABEL: ClassVar[str] = "parley/1/state-upload"
+    SHAPES: ClassVar[tuple[Shape, ...]] = (
+        Bytes(48),
+        Text(),
+        Text(),
+        Bytes(48),
+        _STATEMENT,
+        Bytes(32),
+        Bytes(1, 256),
+        Uint(),
+        Uint(),
+        Uint(),
+        Uint(),
+    )
+    agreement: bytes
+    party: str
+    table: str
+    upload: bytes
+    cose: bytes = field(repr=False)
+    source: bytes = field(repr=False)
+    key: bytes = field(repr=False)
+    rows: int = field(repr=False)
+    units: int = field(repr=False)
+    dropped: int = field(repr=False)
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedTable:
+    """A sealed upload and where it stands: `folder` holds the blob of `size` bytes. Only its owner learns the counts."""
+
+    table: str
+    upload: bytes
+    rows: int
+    units: int
+    dropped: int
+    size: int
+    folder: Path = field(repr=False)
+    cose: bytes = field(repr=False)
+    agreement: bytes = field(repr=False)
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def blob(self) -> Path:
+        """The file with the sealed frames."""
+        return self.folder / BLOB
+
+
+def source_digest(source: object, prepared: PreparedTable | None = None) -> bytes:
+    """SHA-256 of a file's bytes, or of the columns that a frame was prepared to."""
+    if isinstance(source, (str, os.PathLike)):
+        with Path(source).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    if prepared is None:
+        raise ValueError("the content of a frame is known once it is prepared")
+    digest = hashlib.sha256()
+    for column in prepared.columns:
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.digest()
+
+
+def seal(
+    prepared: PreparedTable,
+    offer: VerifiedOffer,
+    party: str,
+    identity: PrivateIdentity,
+    vault: Vault,
+    spool: Path,
+    *,
+    source: bytes,
+    random: Callable[[int], bytes] = secrets.token_bytes,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> SealedTable:
+    """Seals a table under a fresh content key into a new directory of `spool`, named by the upload's digest.
+
+    The host learns the size only to a bucket. Nothing is sealed for an enclave that was not verified: hence the offer.
+    """
+    agreement = offer.agreement
+    table = agreement.tables[prepared.name]
+    groups, group_rows = bucket(prepared.rows)
+    content_key = random(32)
+    header = UploadHeader(
+        agreement.digest, party, table.name, table.schema_digest, groups, group_rows, random(16), key_commitment(content_key)
+    )
+    header_bytes = header.to_bytes()
+    layout = Layout.of(header, table.widths)
+    draft = spool / f".{header.upload_id.hex()}"
+    draft.mkdir(parents=True, mode=0o700)
+    try:
+        key = AESGCM(frame_key(content_key, header_bytes))
+        digests = _write_blob(draft / BLOB, prepared, table, layout, key, threads, progress)
+        upload = Upload(header_bytes, frames_digest(digests))
+        entry = Spooled(
+            agreement.digest,
+            party,
+            table.name,
+            upload.digest,
+            identity.sign(upload.to_bytes()),
+            source,
+            vault.seal(content_key, b"content-key" + upload.digest),
+            prepared.rows,
+            prepared.units,
+            prepared.dropped,
+            layout.size,
+        )
+        write_file(draft / ENTRY, entry.to_bytes())
+        folder = spool / upload.digest.hex()
+        draft.rename(folder)
+        sync_folder(spool)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return _sealed(folder, entry, prepared.ignored)
+
+
+def _write_blob(
+    path: Path,
+    prepared: PreparedTable,
+    table: Table,
+    layout: Layout,
+    key: AESGCM,
+    threads: int | None,
+    progress: Progress | None,
+) -> bytes:
+    columns = prepared.columns
+    pads = [KEY_PAD, *(column.null_value for column in table.columns)]
+    digests = bytearray(layout.frames * HASH_BYTES)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, layout.size)
+
+        def put(frame: bytes, offset: int, index: int) -> None:
+            digests[index * HASH_BYTES : (index + 1) * HASH_BYTES] = hashlib.sha256(frame).digest()
+            view = memoryview(frame)
+            while view:
+                written = os.pwrite(descriptor, view, offset)
+                view, offset = view[written:], offset + written
+
+        def group(number: int) -> None:
+            start = number * layout.group_rows
+            for place, values in enumerate(columns):
+                part = values[start : start + layout.group_rows]
+                if len(part) < layout.group_rows:
+                    part = np.concatenate(
+                        (part, np.full(layout.group_rows - len(part), pads[place], dtype=values.dtype))
+                    )
+                frame = seal_frame(key, number, place, memoryview(part).cast("B"))
+                put(frame, layout.frame_range(number, place)[0], layout.frame_index(number, place))
+
+        put(seal_manifest(key, prepared.rows), layout.manifest_range[0], 0)
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            for done, _ in enumerate(pool.map(group, range(layout.groups)), 1):
+                if progress is not None:
+                    progress("seal", done, layout.groups)
+        os.pwrite(descriptor, bytes(digests), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return bytes(digests)
+
+
+def spooled(spool: Path) -> list[tuple[Spooled, SealedTable]]:
+    """What stands in the spool; drafts of runs that were interrupted are no part of it."""
+    found = []
+    for folder in sorted(spool.glob("[0-9a-f]*")):
+        entry = read_entry(folder)
+        found.append((entry, _sealed(folder, entry)))
+    return found
+
+
+def read_entry(folder: Path) -> Spooled:
+    """The entry of one upload; StateError where it is damaged."""
+    try:
+        entry = Spooled.from_bytes((folder / ENTRY).read_bytes())
+        size = (folder / BLOB).stat().st_size
+    except (MalformedError, OSError):
+        raise StateError(f"the spooled upload {folder.name[:8]} is damaged; remove {folder}") from None
+    if entry.upload.hex() != folder.name or size != entry.size:
+        raise StateError(f"the spooled upload {folder.name[:8]} is damaged; remove {folder}")
+    return entry
+
+
+def content_key(entry: Spooled, vault: Vault) -> bytes:
+    """The content key of a spooled upload."""
+    return vault.open(entry.key, b"content-key" + entry.upload)
+
+
+def _sealed(folder: Path, entry: Spooled, ignored: tuple[str, ...] = ()) -> SealedTable:
+    return SealedTable(
+        entry.table,
+        entry.upload,
+        entry.rows,
+        entry.units,
+        entry.dropped,
+        entry.size,
+        folder,
+        entry.cose,
+        entry.agreement,
+        ignored,
+    )
