@@ -39,18 +39,21 @@ def verify_lineage(signed: Sequence[SignedAgreement]) -> tuple[Agreement, ...]:
     for item in signed:
         agreement = item.verify()  # lin-3
         if not lineage:
-            holds, step = agreement.version == 1, "lin-1"
-        else:
-            before, step = lineage[-1], "lin-2"
-            holds = (
-                agreement.version == before.version + 1
-                and agreement.replaces == before.digest
-                and agreement.series == lineage[0].digest
-            )
-        if not holds:
-            raise VerificationError(step, "the versions are no chain from version 1", code="agreement")
+            if agreement.version != 1:
+                raise VerificationError("lin-1", "the versions do not begin with version 1", code="agreement")
+        elif not _follows(agreement, lineage):
+            raise VerificationError("lin-2", "the versions are no chain from version 1", code="agreement")
         lineage.append(agreement)
     return tuple(lineage)
+
+
+def _follows(agreement: Agreement, lineage: Sequence[Agreement]) -> bool:
+    before = lineage[-1]
+    return (
+        agreement.version == before.version + 1
+        and agreement.replaces == before.digest
+        and agreement.series == lineage[0].digest
+    )
 
 
 def verify_chain(

@@ -6,7 +6,7 @@ Every function takes bytes and returns a statement, or raises: `MalformedError` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Final, TypeVar
 
 from cryptography.exceptions import InvalidSignature
@@ -83,10 +83,11 @@ class VerifiedOffer:
     offer: Offer
     digest: bytes
     enclave: VerifiedEnclave
-    _token: object = field(repr=False, compare=False)
+    # Not a field: `dataclasses.replace` must not carry it over to a changed copy.
+    token: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._token is not _TOKEN:
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
             raise TypeError("a VerifiedOffer comes from verify_offer and from nowhere else")
 
 
@@ -98,10 +99,11 @@ class PastOffer:
     offer: Offer
     digest: bytes
     document: VerifiedStatement
-    _token: object = field(repr=False, compare=False)
+    # Not a field: `dataclasses.replace` must not carry it over to a changed copy.
+    token: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._token is not _TOKEN:
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
             raise TypeError("a PastOffer comes from verify_past_offer and from nowhere else")
 
 
@@ -281,10 +283,11 @@ class VerifiedRecord:
 
     record: Record
     document: VerifiedStatement
-    _token: object = field(repr=False, compare=False)
+    # Not a field: `dataclasses.replace` must not carry it over to a changed copy.
+    token: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._token is not _TOKEN:
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
             raise TypeError("a VerifiedRecord comes from verify_record and from nowhere else")
 
 
