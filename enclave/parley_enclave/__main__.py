@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 
@@ -15,6 +16,11 @@ def log(line: str) -> None:
     """One coarse line on standard error."""
     sys.stderr.write(f"parley-enclave: {line}\n")
     sys.stderr.flush()
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    # The usual hook prints messages, which may hold a value.
+    log(f"a thread failed: {failed.exc_type.__name__}")
 
 
 def _end(_number: int, _frame: object) -> None:
@@ -37,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from parley_enclave.pool import Pool
     from parley_enclave.service import Service
 
+    threading.excepthook = _thread_failed
     # SIGTERM ends the workers too, in the `finally` below.
     signal.signal(signal.SIGTERM, _end)
     try:

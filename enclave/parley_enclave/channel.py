@@ -108,7 +108,11 @@ class Server:
             try:
                 accepted, peer = self._listener.accept()
             except OSError:
-                return
+                if self._listener.fileno() < 0:
+                    return
+                # No descriptor is free, or the host left before it was accepted: others may come.
+                time.sleep(limits.ACCEPT_PAUSE_MS / 1000)
+                continue
             if not is_host(accepted.family, peer) or not self._free.acquire(blocking=False):
                 accepted.close()
                 continue

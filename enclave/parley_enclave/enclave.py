@@ -129,7 +129,10 @@ class Enclave:
         return self._nsm.attest(user_data=offer_user_data(offer.to_bytes()), nonce=nonce, public_key=offer.signing_key)
 
     def join(self, session: bytes, signed: bytes, uploads: Sequence[tuple[bytes, int]], progress: Progress) -> bytes:
-        """Admits a party's join (adm-*); the signed receipt. Long: `progress` is told percents."""
+        """Admits a party's join; the signed receipt. Long: `progress` is told percents.
+
+        A refusal at any point leaves the party's earlier join and all else as it was (adm-9).
+        """
         with self._changed:
             self._lapse()
             phase = self._phases.require(Op.JOIN)
@@ -137,7 +140,7 @@ class Enclave:
             opened = admission.open_join(signed, uploads, state.offer, state.agreement, state.live_keys())
             known = state.joins.get(opened.join.party)
             if known is not None and known.opened.join.digest == opened.join.digest:
-                return known.receipt
+                return known.receipt  # adm-8
             if phase is not Phase.OPEN:
                 raise RefusedError("phase")
             state.check_roster_key(opened)
@@ -163,7 +166,7 @@ class Enclave:
     def start(self, session: bytes, signed: bytes) -> bytes | None:
         """Closes the inputs (ses-5); the signed roster.
 
-        With standing consent the computation starts at once, and None says that the release is to be waited for: the
+        With standing consent the computation starts at once (ses-10), and None says that the release is to be waited for: the
         answer to each repetition.
         """
         with self._changed:
@@ -213,6 +216,7 @@ class Enclave:
             if standing.missing:
                 return standing.missing
             if state.chain.charged + standing.charge > state.agreement.session.max_releases:
+                self._pool.renew()
                 self._lose(state, Op.COUNTERSIGN, "exhausted")
                 raise RefusedError("exhausted")
             self._move(Op.COUNTERSIGN, Phase.COMPUTING)
@@ -355,10 +359,10 @@ class Enclave:
             code = ""
         except Exception as error:  # noqa: BLE001  # whatever it is, it must not end the thread
             made = None
-            # One code for what the host did to a frame, one for all else: no error is an output to it (REVIEW T6).
+            # ses-11: one code for what the host did to a frame, one for all else: no error is an output to it (REVIEW T6).
             code = "frame" if isinstance(error, RefusedError) and error.code == "frame" else "internal"
             self._explain(state, error)
-        # The workers' memory first: what they hold must be gone before the host sees a release.
+        # ses-12: the workers' memory first; what they hold must be gone before the host sees a release.
         self._pool.renew()
         with self._changed:
             if made is None:

@@ -97,7 +97,7 @@ class Phases:
         return self._phase
 
     def require(self, op: Op) -> Phase:
-        """The present phase, in which `op` is possible; RefusedError "phase" where it is not."""
+        """The present phase, in which `op` is possible; RefusedError "phase" where it is not (ses-1)."""
         if op not in TABLE[self._phase]:
             raise RefusedError("phase")
         return self._phase

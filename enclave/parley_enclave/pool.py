@@ -230,7 +230,7 @@ class Pool:
             return None if self._closed else self._queue.popleft()
 
     def _perform(self, number: int, queued: _Queued) -> Parts:
-        for _ in range(limits.TASK_ATTEMPTS):
+        for _ in range(limits.TASK_ATTEMPTS):  # ses-11
             serve, worker = self._take(number, queued.generation)
             # After anything but a result the connection may stand in the middle of an answer.
             keep = False

@@ -63,7 +63,7 @@ def make(
     keys: SessionKeys,
     nsm: Nsm,
 ) -> Release:
-    """The release of `tables`, one for each output of the agreement in its order, with `shares` in the roster's order."""
+    """The release (ses-13) of `tables`, one for each output of the agreement in its order, with `shares` in the roster's order."""
     if [table.name for table in tables] != list(agreement.outputs):
         raise MalformedError("the outputs are not the agreement's")
     key = noise_key(tuple(shares), agreement.digest, offer.head, roster.inputs_digest)

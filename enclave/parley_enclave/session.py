@@ -107,7 +107,7 @@ class Session:
         self.joins.clear()
 
     def forget(self) -> None:
-        """Drops all that could open a table: keys, shares, tags, plans. Python cannot overwrite them; they are garbage."""
+        """Drops all that could open a table (ses-12): keys, shares, tags, plans. Python cannot overwrite them; they are garbage."""
         self.keys = None
         self.guard_key = b""
         self.joins.clear()

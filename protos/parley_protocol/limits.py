@@ -101,6 +101,8 @@ CONNECTIONS: Final = 128
 """Open connections of the host, each with a thread: two for each of 50 parties, and the serves of 16 workers."""
 WORKERS: Final = 64
 """Workers of one enclave: one per vCPU of the largest parents."""
+ACCEPT_PAUSE_MS: Final = 50
+"""After a connection that could not be accepted: long enough not to spin while descriptors are used up."""
 ASK_TIMEOUT_MS: Final = 30 * 1000
 """From accepting a connection to the whole of its message: the host is a process on the same machine."""
 ANSWER_TIMEOUT_MS: Final = 30 * 1000
@@ -198,3 +200,5 @@ RANGE_GROUPS: Final = 16
 
 TEXT_LINE_BYTES: Final = 2 * 10**6
 """One line of a CSV file: a table of 256 columns is far below; a cell of 10 MB is an open quote or no table at all."""
+CHAIN_RECORDS: Final = 10_000
+"""Records of a series that a client takes from a host in one answer: each is an attested release."""

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,3 +146,19 @@ def _until(holds: object, seconds: float = 5) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_the_server_outlives_a_failed_accept_and_ends_with_its_listener() -> None:
+    class Listener:
+        calls = 0
+
+        def accept(self) -> tuple[socket.socket, object]:
+            Listener.calls += 1
+            raise OSError("too many open files")
+
+        def fileno(self) -> int:
+            return 7 if Listener.calls < 3 else -1
+
+    listener: Any = Listener()
+    Server(listener, lambda connection: None).run()
+    assert Listener.calls == 3
