@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     try:
         with listen(options.listen) as listener:
-            log(f"listening, {pool.size} workers")
+            log(f"listening, workers: {pool.size}")
             Server(listener, Service(Enclave(nsm, pool, log=log), pool, log=log).handle).run()
     except KeyboardInterrupt:
         return 0

@@ -831,7 +831,7 @@ def test_the_log_has_phases_and_nothing_else(make: Make, simulation: Simulation)
     computed(run)
     lines = simulation.log.splitlines()
     assert lines == [
-        "parley-enclave: listening, 1 workers",
+        "parley-enclave: listening, workers: 1",
         "parley-enclave: empty -> loaded",
         "parley-enclave: loaded -> open",
         "parley-enclave: open -> rostered",
