@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from parley_protocol import limits
-from parley_protocol.encoding import Value
+from parley_protocol.encoding import Value, encode
 from parley_protocol.errors import MalformedError
 from parley_protocol.shapes import Bytes, Row, Seq, Shape, Statement, Text, Uint
 
@@ -25,6 +25,10 @@ FLOAT_TYPE = "float"
 DECIMAL_TYPE = "decimal"
 _TYPES = (LABEL_TYPE, COUNT_TYPE, FLOAT_TYPE, DECIMAL_TYPE)
 _FLOAT = struct.Struct("<d")
+_WIDEST = {COUNT_TYPE: 9, FLOAT_TYPE: 9, DECIMAL_TYPE: 44}
+"""Bytes of the widest cell: a u64, eight bytes with their length, the sum of 2^40 values of 64 bits with sign and point."""
+_FRAME_BYTES = 256
+"""More than the heads of the arrays in an output and its reasons take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,15 @@ class OutputTable(Statement):
     columns: tuple[OutputColumn, ...]
     rows: int
     reasons: tuple[Reason, ...]
+
+    @property
+    def widest(self) -> int:
+        """Bytes that no output of these names, labels, types and rows exceeds, whatever its values: never the values' own."""
+        names = [[column.name, column.type] for column in self.columns]
+        labels = [list(column.cells) for column in self.columns if column.type == LABEL_TYPE]
+        cells = sum(self.rows * _WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
+        bound = len(encode([self.name, self.kind, names, labels])) + cells + 16 * len(self.columns) + _FRAME_BYTES
+        return min(bound, limits.OUTPUT_BYTES)
 
     def check(self) -> None:
         wanted: dict[str, tuple[type, ...]] = {

@@ -350,13 +350,31 @@ class Caller(Statement):
 
 @dataclass(frozen=True, slots=True)
 class SealedOutput(Statement):
-    """What a recipient opens: the salt of the commitment and the canonical plaintext of the output."""
+    """What a recipient opens: the salt of the commitment and the canonical plaintext of the output, padded.
+
+    The padding is one byte 0x80 and then zeros, to a size that the agreement fixes: else the size of what is sealed would
+    tell the host how many values are hidden, and how large the others are (REVIEW T4).
+    """
 
     LABEL: ClassVar[str] = "parley/1/sealed-output"
-    SHAPES: ClassVar[tuple[Shape, ...]] = (Bytes(32), Bytes(1, limits.OUTPUT_BYTES))
-    LIMIT: ClassVar[int] = limits.OUTPUT_BYTES + 64
+    SHAPES: ClassVar[tuple[Shape, ...]] = (Bytes(32), Bytes(2, limits.OUTPUT_BYTES + 1))
+    LIMIT: ClassVar[int] = limits.OUTPUT_BYTES + 65
     salt: bytes = field(repr=False)
-    plaintext: bytes = field(repr=False)
+    padded: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, salt: bytes, plaintext: bytes, size: int = 0) -> SealedOutput:
+        """A plaintext padded to `size` bytes, or by one byte where it is longer."""
+        return cls(salt, (plaintext + b"\x80").ljust(size, b"\0"))
+
+    def check(self) -> None:
+        if len(self.padded.rstrip(b"\0")) < 2 or not self.padded.rstrip(b"\0").endswith(b"\x80"):
+            raise MalformedError("SealedOutput.padded: no padding")
+
+    @property
+    def plaintext(self) -> bytes:
+        """The canonical plaintext of the output."""
+        return self.padded.rstrip(b"\0")[:-1]
 
 
 # What documents carry in user_data.

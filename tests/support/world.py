@@ -221,7 +221,7 @@ def release(
         plaintext,
         cast("Bundle", None),
     )
-    sealed = SealedOutput(SALT, plaintext).to_bytes()
+    sealed = SealedOutput.of(SALT, plaintext, 1000).to_bytes()
     made.bundle = Bundle(
         (BundledAgreement.of(signed(agreement, members)),) if agreement.version == 1 else (),
         paper.offer.to_bytes(),

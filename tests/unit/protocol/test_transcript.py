@@ -64,7 +64,7 @@ EXAMPLES: list[Statement] = [
     BODY,
     Record(BODY.to_bytes(), bytes(16), D[1], D[2]),
     Caller(bytes(32), D[1], 10),
-    SealedOutput(b"x" * 32, b"plain"),
+    SealedOutput(b"x" * 32, b"plain\x80\0"),
 ]
 
 
@@ -125,7 +125,7 @@ def test_stm_2_no_statement_in_the_clear_has_a_row_count() -> None:
 
 def test_secrets_do_not_print() -> None:
     keys = JoinKeys((b"K" * 32,), b"S" * 32)
-    output = SealedOutput(b"x" * 32, b"PLAINTEXT")
+    output = SealedOutput.of(b"x" * 32, b"PLAINTEXT")
     for text in (repr(keys), str(keys), repr(output)):
         assert "KKKK" not in text and "SSSS" not in text and "PLAINTEXT" not in text
 
