@@ -44,7 +44,7 @@ def expected(agreement: Agreement, output: Output, tables: Tables, where: str | 
     result = {}
     reasons = {"min_units": 0, "min_parties": 0}
     for key, inside in cells.items():
-        values = {}
+        values: dict[str, Any] = {}
         for value in output.values:
             used = inside if value.ref is None else [row for row in inside if row[value.ref.text] is not None]
             failed = _failed(used, agreement.rules)

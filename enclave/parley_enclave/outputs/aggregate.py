@@ -7,7 +7,7 @@ from it), windows and ranges merged by Chan, Golub and LeVeque's formula, sums w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +46,8 @@ _SQUARE_LIMBS: Final = 6
 _EXACT_ROWS: Final = 1 << 20
 """Limbs below 2^32 of so many rows add up exactly in a float64."""
 _FEW_EDGES: Final = 8
+_MASKS: Final = 12
+"""With 17 bits of cell and 10 of party, 24 are left for the units of a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,29 @@ class _Selection:
     column: Callable[[ColumnRef], NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tally:
-    """What the rows of a basis in one window add up to. `rows`: by cell. For each party of each unit in each cell: `codes`,
-    its cell and party, and `sharing`, how many parties the unit has there (None: one, always). `units`: the cell of each
-    unit in each cell (None: as `rows`)."""
+class _Holdings:
+    """Which party has which unit in which cell, where a unit may have several rows: sorted numbers of unit, cell and party,
+    and for each in which of some masks of rows it stands. One sort serves all masks."""
 
-    rows: Codes
-    codes: Codes
-    sharing: Codes | None
-    units: Codes | None
+    def __init__(self, selection: _Selection, code_bits: int, masks: Sequence[NDArray[np.bool_]]) -> None:
+        """At most _MASKS masks."""
+        numbers = np.cumsum(selection.first, dtype=np.int64)
+        numbers <<= code_bits
+        numbers |= selection.codes
+        numbers <<= len(masks)
+        for place, mask in enumerate(masks):
+            numbers |= np.left_shift(mask, place, dtype=np.int64)
+        # Sorted by unit and by party, and so sorted as a whole wherever a unit has one cell.
+        if bool((numbers[1:] < numbers[:-1]).any()):
+            numbers.sort()
+        holdings = numbers >> len(masks)
+        first = np.flatnonzero(starts(holdings))
+        self._holdings = holdings[first]
+        self._inside = np.bitwise_or.reduceat(numbers, first) if masks else numbers
+
+    def of(self, place: int | None) -> Codes:
+        """Those with a row in the mask at `place`, or all."""
+        return self._holdings if place is None else self._holdings[(self._inside >> place) & 1 == 1]
 
 
 class Aggregate:
@@ -104,6 +119,7 @@ class Aggregate:
         self._cells = output.rows
         self._cell_bits = max(0, self._cells - 1).bit_length()
         self._depth = disclosure.depth(self._rules, uploads)
+        self._levels = self._depth + 1
         bases: dict[ColumnRef | None, int] = {}
         for value in output.values:
             bases.setdefault(_basis(value), len(bases))
@@ -123,19 +139,17 @@ class Aggregate:
     @property
     def state_bytes(self) -> int:
         """Size of a state."""
-        counts = len(self._bases) * self._cells * (2 + (self._depth + 1 << self._party_bits))
+        counts = len(self._bases) * self._cells * (1 + (2 * self._levels << self._party_bits))
         return 8 * (counts + len(self._measured) * self._cells * (_SUM_LIMBS + _SQUARE_LIMBS))
 
     def zero(self) -> State:
-        """Per basis: rows and units by cell, units by cell and party, and the same for units that exactly m parties share.
-        Per measured column: sum and deviations by cell."""
+        """Per basis: `rows` by cell; `held` by cell, party, level and whether it is counted for the unit: for each party of
+        each unit in each cell, the level is how many parties the unit has there, 0 beyond the greatest coalition, and the
+        first of the parties stands for the unit. Per measured column: sum and deviations by cell."""
         state: State = {}
-        wide = self._cells << self._party_bits
         for basis in self._bases.values():
             state[f"rows.{basis}"] = np.zeros(self._cells, np.int64)
-            state[f"units.{basis}"] = np.zeros(self._cells, np.int64)
-            state[f"party_units.{basis}"] = np.zeros(wide, np.int64)
-            state[f"shared.{basis}"] = np.zeros((self._depth, wide), np.int64)
+            state[f"held.{basis}"] = np.zeros((self._cells, 1 << self._party_bits, self._levels, 2), np.int64)
         for number, measured in enumerate(self._measured):
             if measured.exact:
                 state[f"sum.{number}"] = np.zeros((_SUM_LIMBS, self._cells), np.int64)
@@ -154,21 +168,29 @@ class Aggregate:
         selection = self._select(window)
         if not len(selection.cells):
             return
-        whole: _Tally | None = None
-        for ref, basis in self._bases.items():
-            kept = None if ref is None else np.logical_not(is_null(ref.column, selection.column(ref)))
-            if kept is None or bool(kept.all()):
-                kept = None
-                whole = tally = whole or self._tally(selection, None)
-            else:
-                tally = self._tally(selection, kept)
-            cells = selection.cells if kept is None else selection.cells[kept]
-            for number, measured in enumerate(self._measured):
-                if measured.basis == basis:
-                    values = selection.column(measured.ref)
-                    self._measure(state, number, cells, values if kept is None else values[kept], tally.rows)
-            # After the measures, which need to know how many rows came before.
-            self._count(state, basis, tally)
+        for bases, masks in self._masked(selection):
+            chosen = [mask for mask in masks if mask is not None]
+            holdings = None if selection.unique else _Holdings(selection, self._cell_bits + self._party_bits, chosen)
+            place = 0
+            for basis, mask in zip(bases, masks, strict=True):
+                if mask is None:
+                    codes = selection.codes if holdings is None else holdings.of(None)
+                    self._add(state, basis, selection, slice(None), codes)
+                else:
+                    codes = selection.codes[mask] if holdings is None else holdings.of(place)
+                    self._add(state, basis, selection, mask, codes)
+                    place += 1
+
+    def _masked(self, selection: _Selection) -> Iterator[tuple[Sequence[int], Sequence[NDArray[np.bool_] | None]]]:
+        """The bases, some at a time, and their rows among those selected (None: all of them)."""
+        bases = list(self._bases.items())
+        for start in range(0, len(bases), _MASKS):
+            part = bases[start : start + _MASKS]
+            masks: list[NDArray[np.bool_] | None] = []
+            for ref, _ in part:
+                mask = None if ref is None else np.logical_not(is_null(ref.column, selection.column(ref)))
+                masks.append(None if mask is None or bool(mask.all()) else mask)
+            yield [basis for _, basis in part], masks
 
     def _select(self, window: Window) -> _Selection:
         output = self._output
@@ -219,35 +241,33 @@ class Aggregate:
             column=column,
         )
 
-    def _tally(self, selection: _Selection, kept: NDArray[np.bool_] | None) -> _Tally:
-        codes = selection.codes if kept is None else selection.codes[kept]
-        rows = np.bincount(codes >> self._party_bits, minlength=self._cells)
+    def _add(
+        self, state: State, basis: int, selection: _Selection, mask: NDArray[np.bool_] | slice, held: Codes
+    ) -> None:
+        """Adds the rows in `mask`, and what of it is held by whom: codes, or numbers of holdings."""
+        cells = selection.cells[mask]
+        rows = np.bincount(cells, minlength=self._cells)
+        for number, measured in enumerate(self._measured):
+            if measured.basis == basis:
+                # Before the rows are added: it needs to know how many came before.
+                self._measure(state, number, cells, selection.column(measured.ref)[mask], rows)
+        state[f"rows.{basis}"] += rows
         if selection.unique:
-            return _Tally(rows, codes, None, None)
-        unit = np.cumsum(selection.first, dtype=np.int64)
-        unit <<= self._cell_bits + self._party_bits
-        codes = codes | (unit if kept is None else unit[kept])
-        # Sorted by unit and by party, and so sorted as a whole wherever a unit has one cell.
-        if bool((codes[1:] < codes[:-1]).any()):
-            codes.sort()
-        codes = codes[starts(codes)]
-        pairs = np.flatnonzero(starts(codes >> self._party_bits))
-        sharing = np.diff(np.append(pairs, len(codes)))
-        codes &= (1 << (self._cell_bits + self._party_bits)) - 1
-        return _Tally(rows, codes, np.repeat(sharing, sharing), codes[pairs] >> self._party_bits)
-
-    def _count(self, state: State, basis: int, tally: _Tally) -> None:
-        state[f"rows.{basis}"] += tally.rows
-        if tally.units is None:
-            state[f"units.{basis}"] += tally.rows
+            places = held * (2 * self._levels) + (2 * min(1, self._depth) + 1)
         else:
-            _add_each(state[f"units.{basis}"], tally.units)
-        _add_each(state[f"party_units.{basis}"], tally.codes)
-        for m, shared in enumerate(state[f"shared.{basis}"], 1):
-            if tally.sharing is not None:
-                _add_each(shared, tally.codes[tally.sharing == m])
-            elif m == 1:
-                _add_each(shared, tally.codes)
+            first = starts(held >> self._party_bits)
+            places = held & ((1 << (self._cell_bits + self._party_bits)) - 1)
+            places *= 2 * self._levels
+            places += first
+            if self._depth == 1:
+                alone = first.copy()
+                alone[:-1] &= first[1:]
+                places += np.left_shift(alone, 1, dtype=np.int64)
+            elif self._depth:
+                sharing = np.diff(np.append(np.flatnonzero(first), len(held)))
+                levels = np.where(sharing <= self._depth, 2 * sharing, 0)
+                places += np.repeat(levels, sharing)
+        _add_each(state[f"held.{basis}"].reshape(-1), places)
 
     def _measure(self, state: State, number: int, cells: Codes, values: NDArray[Any], rows: Codes) -> None:
         measured = self._measured[number]
@@ -319,7 +339,7 @@ class Aggregate:
             _add_float(sums, added[0])
             sums[1] += added[1]
         for basis in self._bases.values():
-            for kind in ("rows", "units", "party_units", "shared"):
+            for kind in ("rows", "held"):
                 state[f"{kind}.{basis}"] += other[f"{kind}.{basis}"]
 
     # State to output
@@ -347,12 +367,11 @@ class Aggregate:
         )
 
     def _hidden(self, state: State, basis: int) -> NDArray[np.int8]:
-        parties = max(1, self._parties)
-        shape = (self._cells, 1 << self._party_bits)
+        held = state[f"held.{basis}"][:, : max(1, self._parties)]
         evidence = disclosure.Evidence(
-            units=state[f"units.{basis}"],
-            party_units=state[f"party_units.{basis}"].reshape(shape)[:, :parties],
-            shared=state[f"shared.{basis}"].reshape(self._depth, *shape)[:, :, :parties],
+            units=held[:, :, :, 1].sum(axis=(1, 2)),
+            party_units=held.sum(axis=(2, 3)),
+            shared=held[:, :, 1:].sum(axis=3).transpose(2, 0, 1),
         )
         return disclosure.hidden_by(evidence, self._rules)
 
@@ -372,7 +391,7 @@ class Aggregate:
         if value.function is Function.COUNT:
             return rows
         if value.function is Function.UNITS:
-            return int(state[f"units.{self._bases[_basis(value)]}"][cell])
+            return int(state[f"held.{self._bases[_basis(value)]}"][cell, :, :, 1].sum())
         number = next(number for number, measured in enumerate(self._measured) if measured.ref == value.ref)
         measured = self._measured[number]
         if measured.exact:

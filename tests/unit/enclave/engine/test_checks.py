@@ -67,7 +67,7 @@ def refusal(blob: Blob, host: Host | None = None) -> RefusedError:
     return caught.value
 
 
-def put(column: str, row: int, value: Any) -> Callable[[list[Array]], None]:
+def put(column: str, row: int | slice, value: Any) -> Callable[[list[Array]], None]:
     """Changes one value of the padded columns."""
 
     def change(columns: list[Array]) -> None:
