@@ -116,7 +116,15 @@ def _uploads(
     )
     due = running.deadline_ms if running is not None and running.phase == "open" else 0
     return [
-        Item(InboxItem.KIND_UPLOAD, row.digest, name, row.complete_ms or 0, table=table, due_ms=due)
+        Item(
+            InboxItem.KIND_UPLOAD,
+            row.digest,
+            name,
+            row.complete_ms or 0,
+            session=running.session or b"" if running is not None else b"",
+            table=table,
+            due_ms=due,
+        )
         for table in agreement.tables_of(name)
         if table not in complete
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -153,9 +153,7 @@ class Connection:
         name = self.member.name_in(agreement)
         return self._status(self.transport.put_signature(agreement.digest, name, cose), agreement.digest)
 
-    def _status(
-        self, reply: pb.AgreementState, digest: bytes | None, series: bytes | None = None
-    ) -> AgreementStatus:
+    def _status(self, reply: pb.AgreementState, digest: bytes | None, series: bytes | None = None) -> AgreementStatus:
         signed = SignedAgreement(reply.canonical, dict(reply.signatures))
         agreement = signed.agreement()
         if (digest is not None and agreement.digest != digest) or (series is not None and agreement.series != series):
@@ -231,7 +229,9 @@ class Connection:
         if isinstance(reference, Agreement):
             live = self._live(reference)
             if live is None:
-                raise RefusedError("unknown-session", f"no session of {reference.title} is open; somebody must open one")
+                raise RefusedError(
+                    "unknown-session", f"no session of {reference.title} is open; somebody must open one"
+                )
             return Session(self, reference, live)
         state = self.transport.get_session(reference)
         return Session(self, self.agreement(state.agreement).agreement, reference)
@@ -258,4 +258,3 @@ class Connection:
         """Ids of the sessions that this member knows of: joined, fetched, or waiting in the inbox."""
         known = {joined.session for joined in self.member.state.sessions()} | set(self.member.state.releases())
         return sorted(known | {item.session for item in self.inbox() if item.session})
-

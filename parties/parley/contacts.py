@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class Contacts:
         with self._changing() as entries:
             known = entries.get(name)
             if known is not None and known["public"] != public.to_bytes().hex():
-                raise StateError(f"{name} is known with another key; remove that contact first if its owner has a new one")
+                raise StateError(
+                    f"{name} is known with another key; remove that contact first if its owner has a new one"
+                )
             entry = known or {"public": public.to_bytes().hex(), "confirmed": False}
             entries[name] = entry
         return Contact(name, public, entry["confirmed"] is True)
@@ -94,9 +97,14 @@ class Contacts:
             if public != self._own and (name, public) not in confirmed
         )
 
-    def _changing(self) -> _Changing:
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """The entries for a change under the lock, written at its end."""
         make_folder(self._folder)
-        return _Changing(self)
+        with locked(self._folder / "lock"):
+            entries = self._read()
+            yield entries
+            write_file(self._file, json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False).encode())
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -108,33 +116,6 @@ class Contacts:
         if not isinstance(found, dict):
             raise StateError(f"{self._file} is damaged")
         return found
-
-    def _write(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
-        write_file(self._file, json.dumps(entries, indent=1, sort_keys=True, ensure_ascii=False).encode())
-
-
-class _Changing:
-    """The entries for a change under the lock, written at its end."""
-
-    def __init__(self, contacts: Contacts) -> None:
-        self._contacts = contacts
-        self._lock = locked(contacts._folder / "lock")
-
-    def __enter__(self) -> dict[str, dict[str, Any]]:
-        self._lock.__enter__()
-        try:
-            self._entries = self._contacts._read()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
-        return self._entries
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        try:
-            if kind is None:
-                self._contacts._write(self._entries)
-        finally:
-            self._lock.__exit__(None, None, None)
 
 
 def _digits(fingerprint: str) -> str:

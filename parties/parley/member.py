@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,13 +51,13 @@ class Member:
         folder = Path(folder)
         if not name or name != Path(name).name or name.startswith("."):
             raise MalformedError("a name is a name of a file, without a folder")
-        identity = PrivateIdentity.generate()
+        identity = PrivateIdentity.generate(secrets.token_bytes)
         private, public = folder / f"{name}.key", folder / f"{name}.pub"
         for path in (private, public, folder / f"{name}.state"):
             if path.exists():
                 raise FileExistsError(17, "is there already; a key is never overwritten", str(path))
         folder.mkdir(parents=True, exist_ok=True)
-        _write_new(private, dump_private(identity, passphrase), 0o600)
+        _write_new(private, dump_private(identity, passphrase, random=secrets.token_bytes), 0o600)
         _write_new(public, dump_public(identity.public), 0o644)
         sync_folder(folder)
         make_folder(folder / f"{name}.state")

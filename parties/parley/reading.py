@@ -92,9 +92,11 @@ def read_table(
     tell = progress or (lambda _step, _done, _total: None)
     threads = threads or len(os.sched_getaffinity(0))
     tell("read", 0, 1)
-    with duckdb.connect(config={"threads": threads, "autoinstall_known_extensions": False}) as connection:
-        with _opened(connection, source, table) as opened:
-            rows = _read(connection, opened, table, unit, unit_salt(series, unit.name))
+    with (
+        duckdb.connect(config={"threads": threads, "autoinstall_known_extensions": False}) as connection,
+        _opened(connection, source, table) as opened,
+    ):
+        rows = _read(connection, opened, table, unit, unit_salt(series, unit.name))
     tell("read", 1, 1)
     problem = rows.pop()
     dropped = problem == _DROPPED
@@ -149,13 +151,13 @@ def _opened(connection: duckdb.DuckDBPyConnection, source: Source, table: Table)
     elif lower.endswith(_PARQUET):
         yield _described(connection, path.name, f"read_parquet({quoted(str(path))})", table)
     elif lower.endswith(_ARROW):
-        import pyarrow
+        import pyarrow as pa
         from pyarrow import ipc
 
-        with pyarrow.memory_map(str(path)) as memory:
+        with pa.memory_map(str(path)) as memory:
             try:
                 connection.register("parley_source", ipc.open_file(memory).read_all())
-            except pyarrow.ArrowInvalid:
+            except pa.ArrowInvalid:
                 raise DataError("not an Arrow file", source=path.name) from None
             yield _described(connection, path.name, "parley_source", table)
     else:
@@ -242,6 +244,7 @@ def _read(connection: duckdb.DuckDBPyConnection, opened: _Opened, table: Table, 
         outer.append(f"coalesce({value}, {_null(column)})::{_SQL_TYPES[column.dtype]} AS c{number}")
     problem = f"CASE WHEN nul THEN {_TYPE} WHEN coalesce(id, '') = '' THEN {_DROPPED} {' '.join(problems)} ELSE 0 END::USMALLINT"
     query = (
+        # Names come from `quoted`, or are made here.
         f"SELECT coalesce({unit_key('id', salt)}, 0::UBIGINT) AS k, {', '.join((*outer, problem + ' AS p'))}"
         f" FROM (SELECT {', '.join(inner)} FROM (SELECT {', '.join(first)} FROM {opened.scan}))"
     )
@@ -276,7 +279,7 @@ def _identifier(source: str, name: str, place: str, kind: str) -> str:
     raise DataError(f"an identifier is text or whole numbers, not {kind}", source=source, column=name, code="schema")
 
 
-def _value(source: str, column: Column, raw: str, kind: str, text: bool) -> str:  # noqa: FBT001
+def _value(source: str, column: Column, raw: str, kind: str, text: bool) -> str:
     """SQL for the physical value of `raw`, NULL where it is null or not of the type."""
     if kind == '"NULL"':
         return "NULL"

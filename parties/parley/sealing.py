@@ -12,80 +12,19 @@ import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from parley.disk import Vault, sync_folder, write_file
 from parley.reading import PreparedTable, Progress
-from parley_protocol import limits
+from parley.spool import BLOB, ENTRY, SealedTable, Spooled, sealed_table
 from parley_protocol.agreement.schema import Table
 from parley_protocol.claims import VerifiedOffer
-from parley_protocol.errors import MalformedError, StateError
 from parley_protocol.identity import PrivateIdentity
-from parley_protocol.shapes import Bytes, Shape, Statement, Text, Uint
 from parley_protocol.table import HASH_BYTES, KEY_PAD, Layout, bucket, frames_digest, seal_frame, seal_manifest
 from parley_protocol.transcript import Upload, UploadHeader, frame_key, key_commitment
-
-BLOB = "blob"
-ENTRY = "upload"
-_STATEMENT = Bytes(1, limits.STATEMENT_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class Spooled(Statement):
-    """An upload that stands sealed in the spool. `source`: SHA-256 of what it was made from; `key`: the content key, sealed
-    to this member's own state."""
-
-    LABEL: ClassVar[str] = "parley/1/state-upload"
-    SHAPES: ClassVar[tuple[Shape, ...]] = (
-        Bytes(48),
-        Text(),
-        Text(),
-        Bytes(48),
-        _STATEMENT,
-        Bytes(32),
-        Bytes(1, 256),
-        Uint(),
-        Uint(),
-        Uint(),
-        Uint(),
-    )
-    agreement: bytes
-    party: str
-    table: str
-    upload: bytes
-    cose: bytes = field(repr=False)
-    source: bytes = field(repr=False)
-    key: bytes = field(repr=False)
-    rows: int = field(repr=False)
-    units: int = field(repr=False)
-    dropped: int = field(repr=False)
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class SealedTable:
-    """A sealed upload and where it stands: `folder` holds the blob of `size` bytes. Only its owner learns the counts."""
-
-    table: str
-    upload: bytes
-    rows: int
-    units: int
-    dropped: int
-    size: int
-    folder: Path = field(repr=False)
-    cose: bytes = field(repr=False)
-    agreement: bytes = field(repr=False)
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def blob(self) -> Path:
-        """The file with the sealed frames."""
-        return self.folder / BLOB
 
 
 def source_digest(source: object, prepared: PreparedTable | None = None) -> bytes:
@@ -123,7 +62,14 @@ def seal(
     groups, group_rows = bucket(prepared.rows)
     content_key = random(32)
     header = UploadHeader(
-        agreement.digest, party, table.name, table.schema_digest, groups, group_rows, random(16), key_commitment(content_key)
+        agreement.digest,
+        party,
+        table.name,
+        table.schema_digest,
+        groups,
+        group_rows,
+        random(16),
+        key_commitment(content_key),
     )
     header_bytes = header.to_bytes()
     layout = Layout.of(header, table.widths)
@@ -153,7 +99,7 @@ def seal(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return _sealed(folder, entry, prepared.ignored)
+    return sealed_table(folder, entry, prepared.ignored)
 
 
 def _write_blob(
@@ -187,7 +133,7 @@ def _write_blob(
                     part = np.concatenate(
                         (part, np.full(layout.group_rows - len(part), pads[place], dtype=values.dtype))
                     )
-                frame = seal_frame(key, number, place, memoryview(part).cast("B"))
+                frame = seal_frame(key, number, place, part.data.cast("B"))
                 put(frame, layout.frame_range(number, place)[0], layout.frame_index(number, place))
 
         put(seal_manifest(key, prepared.rows), layout.manifest_range[0], 0)
@@ -200,44 +146,3 @@ def _write_blob(
     finally:
         os.close(descriptor)
     return bytes(digests)
-
-
-def spooled(spool: Path) -> list[tuple[Spooled, SealedTable]]:
-    """What stands in the spool; drafts of runs that were interrupted are no part of it."""
-    found = []
-    for folder in sorted(spool.glob("[0-9a-f]*")):
-        entry = read_entry(folder)
-        found.append((entry, _sealed(folder, entry)))
-    return found
-
-
-def read_entry(folder: Path) -> Spooled:
-    """The entry of one upload; StateError where it is damaged."""
-    try:
-        entry = Spooled.from_bytes((folder / ENTRY).read_bytes())
-        size = (folder / BLOB).stat().st_size
-    except (MalformedError, OSError):
-        raise StateError(f"the spooled upload {folder.name[:8]} is damaged; remove {folder}") from None
-    if entry.upload.hex() != folder.name or size != entry.size:
-        raise StateError(f"the spooled upload {folder.name[:8]} is damaged; remove {folder}")
-    return entry
-
-
-def content_key(entry: Spooled, vault: Vault) -> bytes:
-    """The content key of a spooled upload."""
-    return vault.open(entry.key, b"content-key" + entry.upload)
-
-
-def _sealed(folder: Path, entry: Spooled, ignored: tuple[str, ...] = ()) -> SealedTable:
-    return SealedTable(
-        entry.table,
-        entry.upload,
-        entry.rows,
-        entry.units,
-        entry.dropped,
-        entry.size,
-        folder,
-        entry.cose,
-        entry.agreement,
-        ignored,
-    )

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from parley import sealing
+from parley import spool
 from parley.disk import Vault, locked, make_folder, remove_file, write_file
-from parley.sealing import SealedTable, Spooled
+from parley.spool import SealedTable, Spooled
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import SignedAgreement
@@ -169,7 +169,9 @@ class State:
     def remember_coordinator(self, address: str, certificate: str | None) -> None:
         """Notes the coordinator that was used last: its address, and the PEM text or SPKI digest that it is pinned to."""
         make_folder(self.folder)
-        write_file(self.folder / "coordinator.json", json.dumps({"address": address, "certificate": certificate}).encode())
+        write_file(
+            self.folder / "coordinator.json", json.dumps({"address": address, "certificate": certificate}).encode()
+        )
 
     def coordinator(self) -> tuple[str, str | None] | None:
         """(address, pin) of the coordinator that was used last."""
@@ -183,7 +185,9 @@ class State:
         with self._transaction():
             known = self.signed_agreement(signed.digest)
             signatures = {**signed.signatures, **(known.signatures if known is not None else {})}
-            self._write(f"agreements/{signed.digest.hex()}.parley", SignedAgreement(signed.canonical, signatures).to_bytes())
+            self._write(
+                f"agreements/{signed.digest.hex()}.parley", SignedAgreement(signed.canonical, signatures).to_bytes()
+            )
 
     def signed_agreement(self, digest: bytes) -> SignedAgreement | None:
         """An agreement that is known here."""
@@ -230,7 +234,9 @@ class State:
         if known is not None:
             follows = known.newest.agreement == agreement.replaces and known.newest.version + 1 == agreement.version
             if not follows:
-                raise StateError(f"version {agreement.version} does not replace the version {known.newest.version} you signed")
+                raise StateError(
+                    f"version {agreement.version} does not replace the version {known.newest.version} you signed"
+                )
             return replace(known, signed=(*known.signed, entry))
         if agreement.version == 1:
             return Series(agreement.series, GENESIS, 0, 0, 1, 1, (entry,))
@@ -258,7 +264,12 @@ class State:
             if known.anchored and chain.sequence == known.sequence and chain.head != known.head:
                 raise StateError("another head is known with this number: the chain is forked", code="head")
             moved = replace(
-                known, head=chain.head, sequence=chain.sequence, charged=chain.charged, version=chain.version, anchored=1
+                known,
+                head=chain.head,
+                sequence=chain.sequence,
+                charged=chain.charged,
+                version=chain.version,
+                anchored=1,
             )
             self._write(f"series/{series.hex()}", moved.to_bytes())
             self._reached("head")
@@ -266,14 +277,16 @@ class State:
     def _known(self, series: bytes) -> Series:
         known = self.series(series)
         if known is None:
-            raise StateError("nothing is known here of this series: restore your state, or trust a head that another member tells you")
+            raise StateError(
+                "nothing is known here of this series: restore your state, or trust a head that another member tells you"
+            )
         return known
 
     # Uploads
 
     def uploads(self, agreement: bytes, table: str) -> list[tuple[Spooled, SealedTable]]:
         """The uploads of a table that stand in the spool."""
-        found = sealing.spooled(self.spool)
+        found = spool.spooled(self.spool)
         return [pair for pair in found if pair[0].agreement == agreement and pair[0].table == table]
 
     def upload(self, digest: bytes) -> Spooled:
@@ -281,7 +294,7 @@ class State:
         folder = self.spool / digest.hex()
         if not folder.is_dir():
             raise StateError("an upload of this session is not in your state; submit the table again")
-        return sealing.read_entry(folder)
+        return spool.read_entry(folder)
 
     # Joins
 
@@ -298,7 +311,10 @@ class State:
         return [
             joined
             for joined in self.sessions()
-            if joined.series == series and joined.head == head and joined.session != session and joined.view == View.OPEN
+            if joined.series == series
+            and joined.head == head
+            and joined.session != session
+            and joined.view == View.OPEN
         ]
 
     def begin_join(self, joined: Joined, roster_key: Ed25519PrivateKey, chain: ChainState) -> None:
@@ -310,7 +326,9 @@ class State:
         with self._transaction():
             known = self._known(joined.series)
             if known.newest.agreement != joined.agreement:
-                raise StateError(f"you signed version {known.newest.version}; sessions of other versions are not joined")
+                raise StateError(
+                    f"you signed version {known.newest.version}; sessions of other versions are not joined"
+                )
             if joined.head != chain.head or (known.anchored and chain.sequence < known.sequence):
                 raise StateError("the session does not continue the head that was verified", code="head")
             others = self.others(joined.series, joined.head, joined.session)
@@ -326,7 +344,12 @@ class State:
             self._write(f"roster-keys/{public.hex()}", self.vault.seal(private, b"roster-key" + public))
             self._reached("roster-key")
             moved = replace(
-                known, head=chain.head, sequence=chain.sequence, charged=chain.charged, version=chain.version, anchored=1
+                known,
+                head=chain.head,
+                sequence=chain.sequence,
+                charged=chain.charged,
+                version=chain.version,
+                anchored=1,
             )
             if moved != known:
                 self._write(f"series/{joined.series.hex()}", moved.to_bytes())

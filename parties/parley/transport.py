@@ -12,13 +12,14 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
@@ -53,9 +54,7 @@ _AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, 
 class Transport:
     """A channel to one coordinator for one member. `patience_s`: how long a call is repeated while nobody answers."""
 
-    def __init__(
-        self, address: str, identity: PrivateIdentity, pin: str | None, *, patience_s: float = 60.0
-    ) -> None:
+    def __init__(self, address: str, identity: PrivateIdentity, pin: str | None, *, patience_s: float = 60.0) -> None:
         """`address`: host:port; `pin`: PEM text, "sha384:HEX" of the SubjectPublicKeyInfo, or None for the system's CAs."""
         self.address = address
         self.pin = pin
@@ -80,7 +79,8 @@ class Transport:
         )
 
     def get_agreement(self, *, digest: bytes | None = None, series: bytes | None = None) -> pb.AgreementState:
-        return self._call(self._stub.GetAgreement, pb.GetAgreementRequest(digest=digest, series=series))
+        request = pb.GetAgreementRequest(digest=digest) if digest else pb.GetAgreementRequest(series=series or b"")
+        return self._call(self._stub.GetAgreement, request)
 
     def inbox(self) -> pb.InboxReply:
         return self._call(self._stub.Inbox, pb.InboxRequest())
@@ -88,7 +88,9 @@ class Transport:
     # Sessions
 
     def open_session(self, request: bytes, agreement: bytes) -> pb.SessionState:
-        return self._call(self._stub.OpenSession, pb.OpenSessionRequest(request_id=request, agreement=agreement), LONG_S)
+        return self._call(
+            self._stub.OpenSession, pb.OpenSessionRequest(request_id=request, agreement=agreement), LONG_S
+        )
 
     def get_session(self, session: bytes) -> pb.SessionState:
         return self._call(self._stub.GetSession, pb.SessionRef(session=session))
@@ -216,7 +218,7 @@ class Transport:
             request = pb.GetChainRequest(series=series, after=after)
             call = self._stub.GetChain(request, timeout=QUICK_S, metadata=self._metadata())
             try:
-                found = []
+                found: list[tuple[bytes, bytes]] = []
                 for item in call:
                     if len(found) >= limits.CHAIN_RECORDS:
                         raise MalformedError("the chain has more records than a series may have")
@@ -231,8 +233,8 @@ class Transport:
 
     # How a call runs
 
-    def _call(self, method: Any, request: Any, seconds: float = QUICK_S) -> Any:
-        def once() -> Any:
+    def _call(self, method: Callable[..., _T], request: object, seconds: float = QUICK_S) -> _T:
+        def once() -> _T:
             try:
                 return method(request, timeout=seconds, metadata=self._metadata())
             except grpc.RpcError as error:
@@ -296,7 +298,8 @@ def _details(error: grpc.RpcError) -> tuple[ErrorInfo | None, int | None]:
         status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
     except ValueError:  # code and details contradict each other: whoever sent it, it is no error of this protocol
         status = None
-    for detail in status.details if status is not None else ():
+    details: Iterable[AnyMessage] = () if status is None else status.details
+    for detail in details:
         if detail.Is(ErrorInfo.DESCRIPTOR):
             info = ErrorInfo()
             detail.Unpack(info)
@@ -364,7 +367,9 @@ def _presented(address: str, host: str, port: int, context: ssl.SSLContext) -> x
         ):
             der = wrapped.getpeercert(binary_form=True)
     except ssl.SSLCertVerificationError:
-        raise RefusedError("signature", "the certificate of the coordinator is not the pinned one, or has another name") from None
+        raise RefusedError(
+            "signature", "the certificate of the coordinator is not the pinned one, or has another name"
+        ) from None
     except OSError as error:
         raise UnavailableError(f"no coordinator answers at {address} ({type(error).__name__})") from None
     assert der is not None

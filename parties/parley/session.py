@@ -1,0 +1,596 @@
+"""A session as one member takes part in it. What is believed, and when something is signed, is decided here.
+
+The enclave is verified each time before anything is sealed, joined or started. The client signs a roster by itself only when
+nobody is absent and its own uploads are the listed ones; it never signs two computations under one head but for the same
+inputs, unless it is told to by hand (REVIEW F2, F3, F7).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from parley.clock import now_ms
+from parley.disk import write_file
+from parley.release import Release
+from parley.spool import SealedTable, content_key
+from parley.state import Joined, Series, SignedRoster, View
+from parley_protocol import hpke
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.chain import ChainState, verify_chain
+from parley_protocol.claims import VerifiedOffer, needs_countersignatures, verify_offer, verify_receipt, verify_roster
+from parley_protocol.cose import payload_unverified
+from parley_protocol.errors import DataError, MalformedError, RefusedError, StateError
+from parley_protocol.transcript import (
+    Countersignature,
+    Join,
+    JoinKeys,
+    Offer,
+    Receipt,
+    Refusal,
+    Roster,
+    RosterConsent,
+    Start,
+    join_info,
+    noise_share_context,
+    share_digest,
+)
+
+if TYPE_CHECKING:
+    from parley.connection import Connection
+    from parley.reading import PreparedTable, Source
+
+Progress = Callable[[str, int, int], None]
+"""Called with a step's name (verify, read, sort, seal, upload, join, wait, compute, fetch), done and total."""
+
+NOISE_SHARE: Final = b"parley/1/noise-share"
+_WAKE_S: Final = 10.0
+"""Without an event, a waiting client asks so often."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """Where a session stands, as the coordinator says: nothing is decided by it. `parties`: (party, absent | uploaded |
+    joined | countersigned); `phase`: launching, open, rostered, computing, released, lost."""
+
+    session: bytes
+    agreement: bytes
+    phase: str
+    parties: tuple[tuple[str, str], ...]
+    code: str
+    deadline_ms: int
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """An offer that was verified now, its document, and the chain up to its head."""
+
+    offer: VerifiedOffer
+    document: bytes
+    chain: ChainState
+
+
+class Session:
+    """One session (`id`, 16 bytes) of one agreement, over a connection."""
+
+    def __init__(self, connection: Connection, agreement: Agreement, session: bytes) -> None:
+        if len(session) != 16:
+            raise MalformedError("a session's id has 16 bytes")
+        self.id = session
+        self.agreement = agreement
+        self.member = connection.member
+        self.name = connection.member.name_in(agreement)
+        self._connection = connection
+        self._transport = connection.transport
+        self._state = connection.member.state
+        self._sign = True
+
+    def __repr__(self) -> str:
+        digits = self.id.hex()
+        return f"Session({digits[:4]}-{digits[4:8]}, {self.agreement.title})"
+
+    # What is there
+
+    def status(self) -> SessionStatus:
+        """Where it stands."""
+        found = self._transport.get_session(self.id)
+        if found.session != self.id or found.agreement != self.agreement.digest:
+            raise MalformedError("the coordinator answered for another session")
+        parties = tuple((party.party, party.phase) for party in found.parties)
+        return SessionStatus(
+            found.session, found.agreement, found.phase, parties, found.code, found.deadline_ms, found.percent
+        )
+
+    def verify(self, *, trust_head: bytes | None = None) -> VerifiedOffer:
+        """The enclave of this session, verified now with a fresh nonce: off-1 to off-6, att-*, chn-*.
+
+        `trust_head`: a head (48 bytes) that another member told, where the state of the series is lost (F6). StateError
+        where there is no state, or where a newer version than this one was signed.
+        """
+        return self._verify(trust_head).offer
+
+    def _verify(self, trust_head: bytes | None = None) -> _Verified:
+        series = self._state.series(self.agreement.series)
+        if series is None:
+            if trust_head is None:
+                raise StateError(
+                    "nothing is known here of this series: restore your state, or trust a head that another member tells you"
+                )
+            series = self._state.trust(self.agreement, trust_head)
+        if series.newest.agreement != self.agreement.digest:
+            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
+        lineage = self._connection.lineage(self.agreement)
+        nonce = secrets.token_bytes(32)
+        reply = self._transport.attest(self.id, nonce)
+        offered = Offer.from_bytes(reply.offer)
+        if offered.session != self.id:
+            raise MalformedError("the coordinator gave the offer of another session")
+        chain = self._follow(series, lineage, offered.head)
+        verified = verify_offer(
+            self.agreement, reply.offer, reply.document, nonce=nonce, head=chain.head, now_ms=now_ms()
+        )
+        return _Verified(verified, reply.document, chain)
+
+    def _follow(self, series: Series, lineage: Sequence[Agreement], head: bytes) -> ChainState:
+        """The verified chain up to `head`; up to what was verified before where `head` does not follow it (then the
+        caller refuses it)."""
+        state = series.chain
+        if series.anchored and state.head == head:
+            return state
+        try:
+            records = self._transport.chain(series.series, state.head if state.sequence else b"")
+        except RefusedError as error:
+            if error.code != "head":
+                raise
+            # The host does not know what this client verified: it rolled the series back.
+            return ChainState(series.head)
+        found, seen = None, bool(series.anchored)
+        for record in records:
+            state = verify_chain([record], lineage, now_ms=now_ms(), start=state)
+            seen = seen or state.head == series.head
+            if seen and state.head == head:
+                found = state
+        return found or ChainState(series.head)
+
+    # Bringing tables
+
+    def submit(
+        self,
+        tables: Mapping[str, Source],
+        progress: Progress | None = None,
+        *,
+        sign: bool = True,
+        trust_head: bytes | None = None,
+    ) -> Receipt:
+        """Verifies the enclave, seals and uploads one table for each name, and joins. The same again resumes.
+
+        With `sign`, `wait` countersigns the roster when nobody is absent. DataError names file, row and column; then
+        nothing was sent.
+        """
+        self._sign = sign
+        sealed = self.seal(tables, progress, trust_head=trust_head)
+        self.upload(sealed, progress)
+        return self.join(sealed, progress)
+
+    def seal(
+        self, tables: Mapping[str, Source], progress: Progress | None = None, *, trust_head: bytes | None = None
+    ) -> list[SealedTable]:
+        """Reads, checks and seals tables into the spool; a table that stands there sealed already is not sealed again."""
+        wanted = self.agreement.tables_of(self.name)
+        if not wanted:
+            raise RefusedError("not-a-member", f"{self.name} brings no table to {self.agreement.title}")
+        if sorted(tables) != list(wanted):
+            raise DataError(
+                f"you bring {', '.join(wanted)}, not {', '.join(sorted(tables)) or 'nothing'}", code="schema"
+            )
+        offer = self._verify(trust_head).offer
+        _tell(progress, "verify", 1, 1)
+        from parley.sealing import seal
+
+        # All are read before the first is sealed: an error leaves nothing behind.
+        found = {name: self._prepared(name, tables[name], progress) for name in wanted}
+        sealed = []
+        for item in found.values():
+            if isinstance(item, SealedTable):
+                sealed.append(item)
+                continue
+            digest, prepared = item
+            sealed.append(
+                seal(
+                    prepared,
+                    offer,
+                    self.name,
+                    self.member.identity,
+                    self._state.vault,
+                    self._state.spool,
+                    source=digest,
+                    progress=progress,
+                )
+            )
+        return sealed
+
+    def _prepared(
+        self, name: str, source: Source, progress: Progress | None
+    ) -> SealedTable | tuple[bytes, PreparedTable]:
+        # The engine takes a quarter of a second to import, which nothing but reading needs.
+        from parley.reading import prepare
+        from parley.sealing import source_digest
+
+        is_file = isinstance(source, (str, Path))
+        digest = b""
+        if is_file:
+            if not Path(source).is_file():
+                raise DataError("no such file", source=str(source))
+            digest = source_digest(source)
+            known = self._spooled(name, digest)
+            if known is not None:
+                return known
+        prepared = prepare(source, self.agreement, name, progress=progress)
+        if is_file and source_digest(source) != digest:
+            raise DataError("the file was changed while it was read", source=Path(source).name)
+        if not is_file:
+            digest = source_digest(source, prepared)
+            known = self._spooled(name, digest)
+            if known is not None:
+                return known
+        return digest, prepared
+
+    def _spooled(self, table: str, source: bytes) -> SealedTable | None:
+        for entry, sealed in self._state.uploads(self.agreement.digest, table):
+            if entry.source == source and entry.party == self.name and sealed.blob.is_file():
+                return sealed
+        return None
+
+    def upload(self, tables: Sequence[SealedTable], progress: Progress | None = None) -> None:
+        """Sends what the coordinator lacks of sealed tables."""
+        for table in tables:
+            self._transport.upload(table.upload, table.cose, table.blob, progress)
+
+    # Joining
+
+    def join(
+        self,
+        tables: Sequence[SealedTable] | None = None,
+        progress: Progress | None = None,
+        *,
+        trust_head: bytes | None = None,
+    ) -> Receipt:
+        """Lets this session's enclave open the uploads: about 2 kB. Without `tables`: those that were joined last.
+
+        StateError where the local state forbids it (F2, F5, F6); RefusedError with the enclave's code for what it found
+        wrong in a table.
+        """
+        verified = self._verify(trust_head)
+        _tell(progress, "join", 0, 1)
+        uploads = self._uploads(tables)
+        known = self._state.joined(self.id)
+        if known is not None and known.offer != verified.offer.offer.to_bytes():
+            raise StateError("the session had another offer before", code="conflict")
+        joined = None
+        if known is not None and known.join.uploads == uploads and known.view == View.OPEN:
+            if known.receipt_cose and self._phase_of(self.name) in ("joined", "countersigned"):
+                return verify_receipt(known.receipt_cose, verified.offer.offer, known.join)
+            if not known.receipt_cose and self._state.has_roster_key(known.join.roster_key):
+                joined = known  # it may have arrived: the same again
+        if joined is None:
+            self._leave_others(verified)
+            joined = self._new_join(verified, uploads)
+        reply = self._transport.put_join(self.id, joined.join_cose)
+        if reply.code:
+            raise RefusedError.from_wire(reply.code, f"the enclave refused: {reply.code}")
+        receipt = verify_receipt(reply.receipt, verified.offer.offer, joined.join)
+        self._state.end_join(self.id, reply.receipt)
+        _tell(progress, "join", 1, 1)
+        return receipt
+
+    def _uploads(self, tables: Sequence[SealedTable] | None) -> tuple[bytes, ...]:
+        wanted = self.agreement.tables_of(self.name)
+        if tables is not None:
+            found = {table.table: table.upload for table in tables}
+        else:
+            before = [joined for joined in self._state.sessions() if joined.agreement == self.agreement.digest]
+            here = self._state.joined(self.id)
+            if here is not None:
+                return here.join.uploads
+            spooled = [sealed for name in wanted for _, sealed in self._state.uploads(self.agreement.digest, name)]
+            newest = sorted(spooled, key=lambda sealed: sealed.folder.stat().st_mtime_ns)
+            last = {upload for joined in before for upload in joined.join.uploads}
+            # What was joined before wins over what was only sealed.
+            found = {sealed.table: sealed.upload for sealed in newest}
+            found |= {sealed.table: sealed.upload for sealed in newest if sealed.upload in last}
+        if sorted(found) != list(wanted):
+            raise StateError("no upload of each of your tables is here: submit them")
+        return tuple(found[name] for name in wanted)
+
+    def _leave_others(self, verified: _Verified) -> None:
+        """Learns which other sessions under this head are lost; the state refuses the join while one is not (F2)."""
+        for other in self._state.others(self.agreement.series, verified.chain.head, self.id):
+            if self._transport.get_session(other.session).phase == "lost":
+                self._state.see(other.session, View.LOST)
+
+    def _new_join(self, verified: _Verified, uploads: tuple[bytes, ...]) -> Joined:
+        offer, identity = verified.offer, self.member.identity
+        roster_key = Ed25519PrivateKey.generate()
+        context = noise_share_context(self.agreement.series, verified.chain.head)
+        share = identity.derive(NOISE_SHARE, context, 32)
+        keys = tuple(content_key(self._state.upload(upload), self._state.vault) for upload in uploads)
+        info = join_info(offer.digest, self.name, uploads)
+        sealed = hpke.seal(offer.offer.sealing_key, JoinKeys(keys, share).to_bytes(), info)
+        public = roster_key.public_key().public_bytes_raw()
+        join = Join(offer.digest, self.name, uploads, sealed, share_digest(share), public)
+        joined = Joined(
+            self.id,
+            self.agreement.series,
+            self.agreement.digest,
+            verified.chain.head,
+            offer.offer.to_bytes(),
+            verified.document,
+            str(View.OPEN),
+            identity.sign(join.to_bytes()),
+            b"",
+        )
+        self._state.begin_join(joined, roster_key, verified.chain)
+        return joined
+
+    def _phase_of(self, party: str) -> str:
+        return dict(self.status().parties).get(party, "absent")
+
+    # The roster
+
+    def start(self) -> Roster:
+        """Closes the inputs; the roster that the enclave issues. By members named in the agreement's `start` only."""
+        if self.name not in self.agreement.session.start:
+            raise RefusedError(
+                "not-a-member", f"{self.name} may not start; {', '.join(self.agreement.session.start)} may"
+            )
+        offer = self._verify().offer
+        signed = self.member.identity.sign(Start(offer.digest, self.name).to_bytes())
+        reply = self._transport.start(self.id, signed)
+        return verify_roster(reply.cose, offer.offer, self.agreement)
+
+    def roster(self) -> Roster | None:
+        """The roster that stands, verified; None where there is none."""
+        found = self._roster()
+        return None if found is None else found[0]
+
+    def _roster(self) -> tuple[Roster, bytes] | None:
+        try:
+            reply = self._transport.get_roster(self.id)
+        except RefusedError as error:
+            if error.code != "phase":
+                raise
+            return None
+        joined = self._state.joined(self.id)
+        # What was joined was verified then; who did not join verifies now.
+        offer = self._verify().offer.offer if joined is None else Offer.from_bytes(joined.offer)
+        return verify_roster(reply.cose, offer, self.agreement), reply.cose
+
+    def check_roster(self, roster: Roster) -> tuple[str, ...]:
+        """Why a roster is not signed without being asked: nobody may be absent, and no party may bring other inputs than
+        in a roster signed before under this head. Empty where there is no reason.
+
+        StateError, code "roster", where it is never signed: this member's own entry is not its own join.
+        """
+        joined = self._joined()
+        join, entry = joined.join, roster.entry(self.name)
+        if entry is None:
+            raise StateError("the roster leaves you out: there is nothing to sign", code="roster")
+        own = (join.uploads, join.share_digest, join.digest, join.roster_key)
+        if (entry.uploads, entry.share_digest, entry.join, entry.roster_key) != own:
+            raise StateError("the roster lists another join of yours than the one you made", code="roster")
+        reasons = [f"{absentee.party} is absent ({absentee.reason})" for absentee in roster.absentees]
+        for former in self._former(roster, joined):
+            before = {item.party: item.input for item in former.roster.included}
+            changed = [item.party for item in roster.included if before.get(item.party, item.input) != item.input]
+            if changed:
+                reasons.append(f"you signed a roster under this head before, with other inputs of {', '.join(changed)}")
+        return tuple(reasons)
+
+    def _former(self, roster: Roster, joined: Joined) -> list[SignedRoster]:
+        signed = self._state.signed_rosters(joined.head)
+        return [former for former in signed if former.roster.digest != roster.digest]
+
+    def _joined(self) -> Joined:
+        joined = self._state.joined(self.id)
+        if joined is None:
+            raise StateError("you have not joined this session on this machine")
+        return joined
+
+    def countersign(self, *, by_hand: bool = False) -> SessionStatus:
+        """Consents to the roster that stands; one that was signed before is sent again as it is.
+
+        StateError, code "roster", where the roster is never signed, or only by hand and `by_hand` is not given.
+        """
+        joined = self._joined()
+        found = self._roster()
+        if found is None:
+            raise RefusedError("phase", "no roster stands")
+        roster, cose = found
+        signed = self._state.signed_roster(roster.digest)
+        if signed is None:
+            reasons = self.check_roster(roster)
+            if reasons and not by_hand:
+                raise StateError(f"not signed by itself: {'; '.join(reasons)}", code="roster")
+            if not needs_countersignatures(self.agreement):
+                raise RefusedError("phase", "the agreement has standing consent: rosters are not signed")
+            if roster.expires_at <= now_ms():
+                raise RefusedError("expired", "the time to sign this roster is over")
+            signed = self._state.sign_roster(joined, cose, self._consenting(roster))
+        statement = Countersignature.from_bytes(payload_unverified(signed.countersignature))
+        proofs = {former.roster.digest: former for former in self._state.signed_rosters(signed.head)}
+        evidence = [proofs[digest] for digest in statement.former]
+        self._transport.put_countersignature(
+            self.id, signed.countersignature, [(item.offer, item.document, item.cose) for item in evidence]
+        )
+        return self.status()
+
+    def _consenting(self, roster: Roster) -> Callable[[Ed25519PrivateKey, Sequence[SignedRoster]], bytes]:
+        def make(key: Ed25519PrivateKey, before: Sequence[SignedRoster]) -> bytes:
+            former = tuple(item.roster.digest for item in before if item.roster.digest != roster.digest)
+            consent = RosterConsent(roster.digest, self.name, former)
+            one_time = key.sign(consent.to_bytes())
+            statement = Countersignature(consent.roster, consent.party, consent.former, one_time)
+            return self.member.identity.sign(statement.to_bytes())
+
+        return make
+
+    def refuse(self) -> SessionStatus:
+        """Refuses the roster that stands: it ends, and the refusal names this member. StateError where it is signed."""
+        found = self._roster()
+        if found is None:
+            raise RefusedError("phase", "no roster stands")
+        roster, _ = found
+        if self._state.signed_roster(roster.digest) is not None:
+            raise StateError("you have signed this roster; a consent is not taken back", code="roster")
+        signed = self.member.identity.sign(Refusal(roster.digest, self.name).to_bytes())
+        self._transport.refuse(self.id, signed)
+        return self.status()
+
+    # Waiting
+
+    def wait(
+        self,
+        progress: Progress | None = None,
+        *,
+        sign: bool | None = None,
+        timeout_s: float | None = None,
+        seen: Callable[[SessionStatus], None] | None = None,
+    ) -> SessionStatus:
+        """Waits for the release, and does meanwhile what this member owes: joins again where a roster has lapsed, and
+        (`sign`; by default as `submit` was told) countersigns. `seen` is called with each status.
+
+        Returns when the session is released, or after `timeout_s`. RefusedError "lost" where it ended without a release:
+        then join the next one; nothing is uploaded twice.
+        """
+        sign = self._sign if sign is None else sign
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        after = 0
+        while True:
+            status = self.status()
+            if seen is not None:
+                seen(status)
+            if status.phase == "released":
+                return status
+            if status.phase == "lost":
+                self._state.see(self.id, View.LOST)
+                raise RefusedError(
+                    "lost", f"the session is lost ({status.code or 'no reason given'}): join the next one"
+                )
+            if self._act(status, sign):
+                continue
+            phases = [phase for _, phase in status.parties]
+            if status.phase == "computing":
+                _tell(progress, "compute", status.percent, 100)
+            else:
+                ready = "countersigned" if status.phase == "rostered" else "joined"
+                _tell(progress, "wait", sum(phase in (ready, "countersigned") for phase in phases), len(phases))
+            left = _WAKE_S if end is None else min(_WAKE_S, end - time.monotonic())
+            if left <= 0:
+                return status
+            after = self._next_event(after, left)
+
+    def _act(self, status: SessionStatus, sign: bool) -> bool:
+        """Does what this member owes; whether it did something."""
+        joined = self._state.joined(self.id)
+        if joined is None or not joined.receipt_cose:
+            return False
+        mine = dict(status.parties).get(self.name)
+        if status.phase == "open" and mine not in ("joined", "countersigned"):
+            self.join()
+            return True
+        if status.phase == "rostered" and sign and mine == "joined" and needs_countersignatures(self.agreement):
+            try:
+                self.countersign()
+            except RefusedError as error:
+                if error.code != "phase":  # it ended meanwhile
+                    raise
+            return True
+        return False
+
+    def _next_event(self, after: int, seconds: float) -> int:
+        """The number of the newest event of this session, once there is one beyond `after` or the time is over."""
+        events = self._transport.events(after, self.id, seconds)
+        first = next(iter(events), None)
+        return after if first is None else int(first.number)
+
+    # The release
+
+    def release(self, progress: Progress | None = None) -> Release:
+        """The release of this session, verified: bundle (bun-*), this member's own roster, the known head. Then the head
+        moves. RefusedError "phase" where there is none yet."""
+        data = self._state.release(self.id)
+        if data is None:
+            data = self._transport.bundle(self.id, progress)
+        release = Release.read(data, self.member)
+        self._accept(release)
+        self._state.keep_release(self.id, data)
+        self._state.see(self.id, View.RELEASED)
+        return release
+
+    def fetch(self, path: str | Path, progress: Progress | None = None, *, opened: bool = False) -> Release:
+        """The release, and its bundle as a file; `opened`: with this member's outputs open for everybody to read."""
+        release = self.release(progress)
+        write_file(Path(path), release.opened_bundle() if opened else release.data, 0o644)
+        return release
+
+    def _accept(self, release: Release) -> None:
+        verified = release.verified
+        record = verified.record.record
+        if verified.agreement.digest != self.agreement.digest or record.session != self.id:
+            raise StateError("the coordinator gave the release of another session", code="conflict")
+        joined = self._state.joined(self.id)
+        if joined is not None and verified.bundle.offer != joined.offer:
+            raise StateError("the release is of another enclave than the one that was joined", code="conflict")
+        mine = verified.roster.entry(self.name)
+        if mine is not None and needs_countersignatures(self.agreement):
+            signed = self._state.signed_roster(verified.roster.digest)
+            if signed is None:
+                raise StateError("the release is of a roster that you did not sign on this machine", code="roster")
+        elif mine is not None and joined is not None and mine.uploads != joined.join.uploads:
+            raise StateError("the release used other uploads of yours than you joined", code="roster")
+        self._move(release)
+
+    def _move(self, release: Release) -> None:
+        """Moves the head to the release's record; the record must follow what is known, or what is known follow it."""
+        series = self._state.series(self.agreement.series)
+        if series is None:
+            raise StateError(
+                "nothing is known here of this series: restore your state, or trust a head that another member tells you"
+            )
+        bundle, record = release.verified.bundle, release.verified.record.record
+        body = record.body
+        known = series.chain
+        if series.anchored and known.head == record.head:
+            return
+        if series.anchored and known.head == body.previous:
+            moved = verify_chain(
+                [(bundle.record, bundle.record_document)], release.verified.lineage, now_ms=now_ms(), start=known
+            )
+            self._state.move_head(series.series, moved)
+            return
+        if series.anchored and body.sequence <= known.sequence:
+            # An older release: what is known must follow it.
+            start = ChainState(record.head, body.sequence, body.charged, self.agreement.version)
+            newest = self._connection.agreement(series.newest.agreement).agreement
+            before = Series(series.series, record.head, body.sequence, body.charged, start.version, 1, series.signed)
+            if self._follow(before, self._connection.lineage(newest), known.head).head != known.head:
+                raise StateError(
+                    "the release is not in the chain of records that is known: the chain is forked", code="head"
+                )
+            return
+        moved = self._follow(series, release.verified.lineage, record.head)
+        if moved.head != record.head or not moved.sequence:
+            raise StateError("the release does not follow the head that was verified", code="head")
+        self._state.move_head(series.series, moved)
+
+
+def _tell(progress: Progress | None, step: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(step, done, total)
