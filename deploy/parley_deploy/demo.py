@@ -186,7 +186,8 @@ class Play:
         """The whole demo; DemoError where a command does not end as it must."""
         begun = time.monotonic()
         with ExitStack() as closing:
-            stack = closing.enter_context(local.Stack.made(self.folder / "operator"))
+            stack = local.Stack.made(self.folder / "operator", listen=f"127.0.0.1:{local.free_port()}")
+            closing.callback(stack.stop)
             names = agreement_members(self.demo)
             for name in names:
                 self.members[name] = Member(name, self.folder / "members" / name, stack.environment)
@@ -196,7 +197,8 @@ class Play:
             self.files = split(self.folder / "members")
             self.screen.remark(f"{len(names)} members, each a process with a folder of its own; {self.demo.summary}")
             fingerprints = self._keys()
-            stack.start([self.folder / "keys" / f"{name}.pub" for name in names])
+            stack.allow([self.folder / "keys" / f"{self.demo.starter}.pub"])
+            stack.start()
             self._contacts(fingerprints)
             self._agreement(stack)
             session = self._session()
@@ -224,7 +226,7 @@ class Play:
 
     def _agreement(self, stack: local.Stack) -> None:
         starter = self.members[self.demo.starter]
-        write_agreement(self.demo, starter.folder, self.coalition)
+        (starter.folder / self.demo.file).write_text(agreement_text(self.demo, self.coalition), "utf-8")
         shutil.copytree(self.folder / "keys", starter.folder / "keys")
         for path in (stack.root_certificate, stack.measurements):
             shutil.copy(path, starter.folder)

@@ -182,7 +182,7 @@ def _start_enclave(options: argparse.Namespace, folder: Path, log: IO[str]) -> s
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
-        preexec_fn=None if libc is None else lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=None if libc is None else lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # one system call
     )
 
 

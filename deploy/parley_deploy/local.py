@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -78,14 +80,19 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """What members' commands need to find the coordinator without options, once it runs."""
-        return {"PARLEY_CERT": str(self.certificate)}
+        return {"PARLEY_CERT": str(self.certificate), "PARLEY_COORDINATOR": self._listen}
+
+    @property
+    def _listen(self) -> str:
+        """The address in the configuration."""
+        with (self.folder / "coordinator.toml").open("rb") as file:
+            return str(tomllib.load(file)["listen"])
 
     @classmethod
     def made(cls, folder: Path, *, listen: str = "127.0.0.1:7443", workers: int | None = None) -> Stack:
         """The stack of a folder, made where it is not there: root, measurements of the installed enclave, configuration,
         TLS certificate. Nothing runs yet."""
         from parley_coordinator import config, tls
-
         from parley_deploy.measure import image_measurements, measurements_json
         from parley_deploy.pki import LocalRoot
 
@@ -146,6 +153,13 @@ class Stack:
             for path in sorted((self.folder / "enclaves").glob(f"*/{name}")):
                 with suppress(FileNotFoundError, ValueError):
                     _end(int(path.read_text()))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _end(pid: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from parley_deploy import enclave
 from parley_deploy.measure import image_measurements
 from parley_protocol.agreement.model import Measurement

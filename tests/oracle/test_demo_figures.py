@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from parley_deploy.data import CARRIERS, UNIVERSITIES, split_flights, split_pay
 from support import oracle
 from support.oracle import Rule

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+
 from parley_deploy.demo import DEMOS, Played, agreement_members, play
 from parley_protocol.bundle import VerifiedBundle, verify_bundle
 from parley_protocol.output import OutputTable
-
 from support.oracle import Key, Values
 
 

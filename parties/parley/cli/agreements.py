@@ -10,8 +10,19 @@ import typer
 from parley.cli.app import command, make_app
 from parley.cli.console import Console, plural, short
 from parley.cli.exits import Exit, Failure
-from parley.cli.options import JsonOption
-from parley.cli.summary import notes
+from parley.cli.options import (
+    CertOption,
+    JsonOption,
+    KeyOption,
+    ToOption,
+    YesOption,
+    bytes_of,
+    connect,
+    find_agreement,
+    member,
+    read_agreement,
+)
+from parley.cli.summary import lines, notes
 
 if TYPE_CHECKING:
     from parley import Agreement
@@ -21,7 +32,7 @@ Reference = Annotated[str, typer.Argument(help="Title, start of the digest, or f
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    group = make_app("The signed document of who, what, which image, which outputs, which rules.")
+    group = make_app("Who, what, which image, which outputs, which rules: drafted, checked, signed.")
     command(group, "new")(new)
     command(group, "check")(check)
     command(group, "show")(show)
@@ -152,3 +163,132 @@ def facts(agreement: Agreement) -> dict[str, object]:
         "platform": str(agreement.platform),
         "expires": agreement.expires.isoformat(),
     }
+
+
+def show(
+    agreement: Reference,
+    key: KeyOption = None,
+    to: ToOption = None,
+    cert: CertOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print all of an agreement with its defaults, and what it means for you."""
+    from parley.agreements import show as text
+
+    out = Console(as_json)
+    signed = find_agreement(agreement, key, to, cert)
+    found = signed.agreement()
+    for line in text(found).splitlines():
+        out.text(line)
+    out.text()
+    for line in lines(found, own_name(found, key)):
+        out.text(line)
+    for note in notes(found):
+        out.line("note", note)
+    missing = signed.missing()
+    out.line("signed", f"{len(found.members) - len(missing)} of {len(found.members)}{_without(missing)}")
+    out.result(**facts(found), text=text(found), missing=list(missing), notes=notes(found))
+
+
+def own_name(agreement: Agreement, key: Path | None) -> str | None:
+    """The caller's name in an agreement, where there is one caller and it is a member."""
+    from parley_protocol.errors import RefusedError
+
+    try:
+        return member(key).name_in(agreement)
+    except (Failure, RefusedError):
+        return None
+
+
+def _without(missing: tuple[str, ...]) -> str:
+    if not missing:
+        return ""
+    names = ", ".join(missing[:8])
+    return f"; without {names}" if len(missing) <= 8 else f"; without {names} and {len(missing) - 8} others"
+
+
+def put(
+    file: Annotated[Path, typer.Argument(help="The agreement as YAML, or a .parley file.")],
+    key: KeyOption = None,
+    to: ToOption = None,
+    cert: CertOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an agreement to the coordinator, for the others to fetch and sign."""
+    out = Console(as_json)
+    signed = read_agreement(file)
+    found = signed.agreement()
+    with connect(key, to, cert) as connection:
+        state = connection.put(found)
+    mine = own_name(found, key)
+    out.text(
+        f"with the coordinator; {plural(len(state.missing), 'signature')} missing"
+        + (f".  Yours: parley agreement sign {found.title}" if mine in state.missing else "")
+    )
+    out.result(**facts(found), missing=list(state.missing))
+
+
+def get(
+    agreement: Reference,
+    path: Annotated[Path | None, typer.Option("--out", help="Default: TITLE.parley.")] = None,
+    key: KeyOption = None,
+    to: ToOption = None,
+    cert: CertOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch an agreement with the signatures so far into a file."""
+    from parley.agreements import save_signed
+
+    out = Console(as_json)
+    signed = find_agreement(agreement, key, to, cert, fresh=True)
+    found = signed.agreement()
+    file = path or Path(f"{found.title}.parley")
+    save_signed(file, signed)
+    missing = signed.missing()
+    out.text(headline(found))
+    out.line(str(file), f"signed by {len(found.members) - len(missing)} of {len(found.members)}{_without(missing)}")
+    out.result(**facts(found), file=str(file), missing=list(missing))
+
+
+def sign(
+    agreement: Reference,
+    trust_head: Annotated[
+        str | None, typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost.")
+    ] = None,
+    key: KeyOption = None,
+    to: ToOption = None,
+    cert: CertOption = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read what an agreement means for you, and sign it."""
+    out = Console(as_json)
+    with connect(key, to, cert) as connection:
+        me = connection.member
+        found = find_agreement(agreement, key, to, cert, connection=connection, fresh=True).agreement()
+        name = me.name_in(found)
+        for line in lines(found, name):
+            out.text(line)
+        open_ = me.contacts.unconfirmed(found)
+        confirmed = len(found.members) - 1 - len(open_)
+        out.text(
+            f"{'Members':<15}{confirmed} confirmed in your contacts"
+            + (f"; {len(open_)} not: {', '.join(f'{item.name} {item.fingerprint}' for item in open_)}" if open_ else "")
+        )
+        for contact in open_:
+            # --yes does not answer this: what it stands for happened between people, or did not.
+            if not out.confirm(f"Have you compared {contact.fingerprint} with {contact.name}?", yes=False):
+                raise Failure(
+                    f"not signed: the key of {contact.name} is not confirmed "
+                    f"(parley contact add {contact.name}.pub; parley contact confirm {contact.name} FINGERPRINT)",
+                    Exit.REFUSED,
+                    "state",
+                )
+            me.contacts.put(contact.name, contact.public)
+            me.contacts.confirm(contact.name, contact.fingerprint)
+        if not out.confirm(f"Sign as {name}?", yes):
+            raise Failure("not signed", Exit.REFUSED, "state")
+        state = connection.sign(found, trust_head=None if trust_head is None else bytes_of(trust_head))
+    done = len(found.members) - len(state.missing)
+    out.text(f"signed, {done} of {len(found.members)}")
+    out.result(**facts(found), member=name, signed=done, missing=list(state.missing))

@@ -63,6 +63,8 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
             except Exception as error:
                 raise typer.Exit(_report(error, as_json=kwargs.get("as_json") is True)) from None
 
+        # Annotations are texts: they mean what they mean in the command's own module, not in this one.
+        run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
         app.command(name, help=inspect.getdoc(function), **settings)(run)
         return run
 

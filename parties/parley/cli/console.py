@@ -36,7 +36,8 @@ class Console:
     def line(self, label: str, text: str = "") -> None:
         """One labelled line for people."""
         if not self.as_json:
-            typer.echo(f"{label:<{LABEL_WIDTH}}{text}".rstrip())
+            gap = "" if len(label) < LABEL_WIDTH else "  "
+            typer.echo(f"{label:<{LABEL_WIDTH}}{gap}{text}".rstrip())
 
     def text(self, text: str = "") -> None:
         """One line for people."""

@@ -35,8 +35,8 @@ def keygen(
 
     out = Console(as_json)
     made = Member.generate(name, folder, passphrase=_new_passphrase() if protect else None)
-    out.line(f"{name}.key", "private, readable by you alone; keep a copy where you keep passwords")
-    out.line(f"{name}.pub", f"give this to the others and read them the fingerprint:  {made.fingerprint}")
+    out.text(f"{name}.key  private, readable by you alone; keep a copy where you keep passwords")
+    out.text(f"{name}.pub  give this to the others and read them the fingerprint:  {made.fingerprint}")
     out.result(name=name, private=str(folder / f"{name}.key"), public=str(folder / f"{name}.pub"), fingerprint=made.fingerprint)
 
 
@@ -71,7 +71,10 @@ def confirm(
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say that you have compared a fingerprint with its owner, by voice or on paper."""
+    """Say that you compared a fingerprint with its owner.
+
+    By voice or on paper: whoever carried the key to you can have carried another one.
+    """
     out = Console(as_json)
     me = member(key)
     if source is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -12,7 +13,10 @@ import typer
 from parley.cli.exits import Exit, Failure
 
 if TYPE_CHECKING:
-    pass
+    from parley import Connection, Member, Session, SignedAgreement
+    from parley_protocol.agreement.model import Agreement
+
+_HEX: Final = re.compile(r"[0-9a-f]{4,96}")
 
 KeyOption = Annotated[
     Path | None,
@@ -29,8 +33,10 @@ CertOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one value per line.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Answer the question with yes.")]
 
-PASSPHRASE: Final = "PARLEY_PASSPHRASE"
+PASSPHRASE: Final = "PARLEY_PASSPHRASE"  # a name, not a passphrase
 """Name of the environment variable with the passphrase of a private key."""
+BACKUP_PASSPHRASE: Final = "PARLEY_BACKUP_PASSPHRASE"
+"""The same for a backup."""
 
 
 def key_path(key: Path | None) -> Path:
@@ -54,4 +60,117 @@ def passphrase() -> str | None:
         given = typer.prompt("Passphrase", hide_input=True, err=True)
     if given is None:
         raise Failure(f"the key has a passphrase: set {PASSPHRASE}, or use a terminal", Exit.USAGE, "passphrase")
+    return given
+
+
+def member(key: Path | None) -> Member:
+    """The caller."""
+    from parley import Member
+
+    return Member.load(key_path(key), passphrase=passphrase)
+
+
+def connect(key: Path | None, to: str | None, cert: Path | None) -> Connection:
+    """A connection to the coordinator as the caller."""
+    import parley
+
+    return parley.connect(to, member(key), cert=cert)
+
+
+def bytes_of(text: str) -> bytes:
+    """The bytes of a digest written in hex."""
+    try:
+        found = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        raise Failure(f"{text}: not a digest in hex") from None
+    if len(found) != 48:
+        raise Failure(f"{text}: a digest has 96 hex digits")
+    return found
+
+
+def read_agreement(path: Path) -> SignedAgreement:
+    """An agreement of a file: YAML, then without signatures, or .parley."""
+    from parley.agreements import load_signed, load_source
+    from parley_protocol.agreement.signed import SignedAgreement
+
+    if path.suffix in (".yaml", ".yml"):
+        return SignedAgreement(load_source(path).canonical)
+    return load_signed(path)
+
+
+def find_agreement(
+    text: str,
+    key: Path | None,
+    to: str | None,
+    cert: Path | None,
+    *,
+    connection: Connection | None = None,
+    fresh: bool = False,
+) -> SignedAgreement:
+    """The agreement that `text` names: a file, or the title or start of the digest of one that the caller keeps or that
+    waits at the coordinator. `fresh`: with the signatures that the coordinator has by now."""
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml", ".parley") and path.is_file():
+        signed = read_agreement(path)
+        if not fresh:
+            return signed
+        text = signed.digest.hex()
+    if connection is not None:
+        return _find_agreement(text, connection.member, connection, fresh=fresh)
+    me = member(key)
+    kept = [signed for signed in me.state.agreements() if names_agreement(text, signed.agreement())]
+    if kept and not fresh:
+        return newest(text, kept)
+    with connect(key, to, cert) as made:
+        return _find_agreement(text, me, made, fresh=fresh)
+
+
+def _find_agreement(text: str, me: Member, connection: Connection, *, fresh: bool) -> SignedAgreement:
+    kept = [signed for signed in me.state.agreements() if names_agreement(text, signed.agreement())]
+    if kept and not fresh:
+        return newest(text, kept)
+    digests = {signed.digest for signed in kept} | {item.agreement for item in connection.inbox()}
+    if _HEX.fullmatch(text) and len(text) == 96:
+        digests.add(bytes.fromhex(text))
+    found = [connection.agreement(digest).signed for digest in sorted(digests)]
+    return newest(text, [signed for signed in found if names_agreement(text, signed.agreement())])
+
+
+def names_agreement(text: str, agreement: Agreement) -> bool:
+    """Whether `text` is the title of an agreement or the start of its digest."""
+    return agreement.title == text or (_HEX.fullmatch(text) is not None and agreement.digest.hex().startswith(text))
+
+
+def newest(text: str, found: list[SignedAgreement]) -> SignedAgreement:
+    """The one that is meant: the newest version of one series; Failure where there is none, or several series."""
+    if not found:
+        raise Failure(f"{text}: no such agreement here or at the coordinator", Exit.USAGE, "unknown-agreement")
+    if len({signed.agreement().series for signed in found}) > 1:
+        names = ", ".join(sorted({signed.digest.hex()[:16] for signed in found}))
+        raise Failure(f"{text}: several agreements ({names}): name one by the start of its digest", Exit.USAGE)
+    return max(found, key=lambda signed: signed.agreement().version)
+
+
+def find_session(text: str, connection: Connection) -> Session:
+    """The session that `text` names: the start of its id, or an agreement whose live session is meant."""
+    digits = text.replace("-", "").lower()
+    if _HEX.fullmatch(digits):
+        matching = [session for session in connection.sessions() if session.hex().startswith(digits)]
+        if len(matching) == 1:
+            return connection.session(matching[0])
+        if len(matching) > 1:
+            raise Failure(f"{text}: {len(matching)} sessions begin so; give more digits", Exit.USAGE, "unknown-session")
+        if len(digits) == 32:
+            return connection.session(bytes.fromhex(digits))
+    agreement = find_agreement(text, None, None, None, connection=connection).agreement()
+    return connection.session(agreement)
+
+
+def backup_passphrase(*, again: bool) -> str:
+    """The passphrase of a backup: from the environment, or asked for, twice where it is a new one."""
+    given = os.environ.get(BACKUP_PASSPHRASE)
+    if given is None and sys.stdin.isatty():
+        given = typer.prompt("Passphrase of the backup", hide_input=True, confirmation_prompt=again, err=True)
+    if given is None:
+        raise Failure(f"a backup has a passphrase: set {BACKUP_PASSPHRASE}, or use a terminal", Exit.USAGE, "passphrase")
     return given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from parley.cli import console, exits, tables
 from parley.cli.exits import Exit, Failure
 from parley_protocol.errors import CODES, DataError, MalformedError, RefusedError, StateError, UnavailableError

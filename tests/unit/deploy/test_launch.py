@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from parley_deploy import enclave
 from parley_deploy.pki import LocalRoot
 
