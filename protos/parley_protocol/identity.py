@@ -119,7 +119,7 @@ class PrivateIdentity:
 
     def derive(self, label: bytes, context: bytes, length: int) -> bytes:
         """`length` secret bytes that only this member can make, the same every time for the same label and context."""
-        info = encode([_DERIVE_LABEL, label, context])
+        info = encode([_DERIVE_LABEL, label, context])  # idn-7
         return HKDF(hashes.SHA384(), length, None, info).derive(self._signing.private_bytes_raw())
 
     def __repr__(self) -> str:
@@ -216,7 +216,7 @@ def _pem(name: str, data: bytes) -> bytes:
 
 def _blocks(data: bytes) -> list[tuple[str, bytes]]:
     """The blocks of a PEM file, in order: nothing but blank space may stand between them."""
-    if len(data) > limits.KEY_FILE_BYTES:
+    if len(data) > limits.KEY_FILE_BYTES:  # idn-8
         raise MalformedError(f"a key file has at most {limits.KEY_FILE_BYTES} bytes")
     found: list[tuple[str, bytes]] = []
     position = 0

@@ -10,7 +10,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
 from enum import StrEnum
 from typing import Final
 
@@ -35,6 +34,7 @@ _MICROSECONDS_A_DAY: Final = 86_400_000_000
 _INTEGER: Final = re.compile(r"-?(0|[1-9][0-9]{0,18})")
 _DECIMAL: Final = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,18})?")
 _FLOAT: Final = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?")
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _TIMESTAMP: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?)?Z?")
 
 
@@ -90,10 +90,10 @@ def physical(kind: ColumnType, text: str, scale: int = 0) -> Physical:
     if kind is ColumnType.DECIMAL:
         if not _DECIMAL.fullmatch(text):
             raise ValueError("is not a decimal number")
-        scaled = Decimal(text).scaleb(scale)
-        if scaled != scaled.to_integral_value():
+        whole, _, fraction = text.partition(".")
+        if len(fraction.rstrip("0")) > scale:
             raise ValueError(f"has more than {scale} digits after the point")
-        return _within(int(scaled))
+        return _within(int(whole + fraction[:scale].ljust(scale, "0")))
     if kind is ColumnType.FLOAT:
         if not _FLOAT.fullmatch(text):
             raise ValueError("is not a number")
@@ -111,9 +111,11 @@ def physical(kind: ColumnType, text: str, scale: int = 0) -> Physical:
 def text_of(kind: ColumnType, value: Physical, scale: int = 0) -> str:
     """The one text of a physical value; `physical` is its inverse."""
     if kind is ColumnType.DECIMAL:
-        return format(Decimal(int(value)).scaleb(-scale), "f")
+        digits = str(abs(int(value))).zfill(scale + 1)
+        sign = "-" if value < 0 else ""
+        return f"{sign}{digits[:-scale]}.{digits[-scale:]}" if scale else f"{sign}{digits}"
     if kind is ColumnType.FLOAT:
-        return format(Decimal(repr(float(value))), "f").removesuffix(".0")
+        return repr(float(value)).removesuffix(".0")
     if kind is ColumnType.DATE:
         return (_EPOCH + timedelta(days=int(value))).isoformat()
     if kind is ColumnType.TIMESTAMP:
@@ -129,7 +131,7 @@ def _within(value: int) -> int:
 
 def _date(text: str) -> date:
     try:
-        if len(text) != 10:
+        if not _DATE.fullmatch(text):
             raise ValueError
         return date.fromisoformat(text)
     except ValueError:

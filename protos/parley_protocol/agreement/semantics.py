@@ -27,6 +27,14 @@ _ZERO_PCR: Final = bytes(limits.PCR_BYTES)
 
 def check(agreement: Agreement) -> None:
     """AgreementError with everything that is wrong."""
+    unknown = [
+        (f"outputs.{name}", f"no table {table!r}")
+        for name, output in agreement.outputs.items()
+        for table in output.tables
+        if table not in agreement.tables
+    ]
+    if unknown:
+        raise AgreementError(Problem(path, None, message) for path, message in unknown)
     found = [
         *of_versions(agreement.version, agreement.replaces, agreement.series_digest),
         *of_platform(str(agreement.platform), agreement.root_sha256, agreement.measurements),

@@ -128,7 +128,7 @@ class _Builder:
     def report(self, path: str, message: str) -> None:
         place = path
         while place and place not in self.lines:
-            place = re.sub(r"(\.[^.]*|\[[0-9]+\])\Z", "", place) if re.search(r"[.\[]", place) else ""
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
         problem = Problem(path or "agreement", self.lines.get(place), message)
         if problem not in self.problems and len(self.problems) < _PROBLEMS:
             self.problems.append(problem)
@@ -794,8 +794,8 @@ class _Builder:
                 if tables is not None and outputs is not None:
                     self.judge(semantics.of_tables(tables, outputs))
                     self.judge(semantics.of_outputs(outputs, tables))
-                if rules is not None and tables is not None:
-                    self.judge(semantics.of_rules(rules, outputs or {}, tables))
+                if rules is not None:
+                    self.judge(semantics.of_rules(rules, outputs or {}, tables or {}))
         if (
             self.problems
             or version is None
