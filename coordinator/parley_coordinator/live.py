@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -91,8 +92,10 @@ class Live:
         self._agreement = agreement
         self._handle = handle
         self._ended = ended
-        # Held while the enclave is asked about its phase and while the store follows; never during long operations.
+        # Held while statements are relayed that are answered at once, and while the store follows the enclave.
         self._lock = threading.RLock()
+        # Grows with every change under the lock: what the enclave said of itself before one is not to be followed after it.
+        self._epoch = 0
         self._over = threading.Event()
         self._closing = False
         self._channel = relay.Channel(handle.address)
@@ -133,8 +136,8 @@ class Live:
         join = verify_join(cose, self._offer, self._agreement)
         if join.party != name:
             raise RefusedError("not-a-member", "the join is another party's")
-        self._settle("open", "launching")
-        with self._lock:
+        self._settle("open")
+        with self._changing():
             with self._world.store.write() as session:
                 row = session.get(JoinRow, (self._number, join.digest))
                 if row is not None and (row.receipt or row.code):
@@ -156,7 +159,7 @@ class Live:
         start = verify_start(cose, self._offer, self._agreement)
         if start.member != name:
             raise RefusedError("not-a-member", "the request is another member's")
-        with self._lock:
+        with self._changing():
             with self._world.store.write() as session:
                 row = self._require(session, *LIVE)
                 if row.phase != "open":
@@ -165,12 +168,12 @@ class Live:
             answer = self._ask(enclave_pb2.Ask(start=enclave_pb2.Start(session=self._session, cose=cose)))
             if answer.WhichOneof("op") == "rostered":
                 self._rostered(answer.rostered.cose)
-            self.tick()
+        self.tick()
 
     def countersign(self, name: str, cose: bytes, former: coordinator_pb2.PutCountersignatureRequest) -> None:
         """Stores and relays a party's consent; the last one starts the computation, which goes on by itself (crd-14)."""
         self._settle("rostered", "computing")
-        with self._lock:
+        with self._changing():
             with self._world.store.write() as session:
                 row = self._require(session, "rostered", "computing")
                 roster_row, roster = self._roster(session, row)
@@ -194,7 +197,7 @@ class Live:
 
     def refuse(self, name: str, cose: bytes) -> None:
         """Stores and relays a party's refusal of the roster: the session is open again, without joins (crd-15)."""
-        with self._lock:
+        with self._changing():
             with self._world.store.write() as session:
                 row = self._require(session, "rostered", "computing", "open")
                 if row.phase == "open":
@@ -221,19 +224,30 @@ class Live:
 
     def tick(self) -> None:
         """Asks the enclave for its phase and makes the store follow."""
+        if self._over.is_set():
+            return
+        epoch = self._epoch
+        try:
+            state = self._ask(enclave_pb2.Ask(status=enclave_pb2.Status())).state
+        except relay.GoneError:
+            time.sleep(RETRY_S)
+            self._lose_if_gone()
+            return
+        except (UnavailableError, RefusedError, MalformedError) as error:
+            log.warning("enclave-no-status", session=log.short(self._session), code=error.code)
+            return
         with self._lock:
-            if self._over.is_set():
-                return
+            if epoch == self._epoch and not self._over.is_set():
+                self._reconcile(state)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            self._epoch += 1
             try:
-                state = self._ask(enclave_pb2.Ask(status=enclave_pb2.Status())).state
-            except relay.GoneError:
-                time.sleep(RETRY_S)
-                self._lose_if_gone()
-                return
-            except (UnavailableError, RefusedError, MalformedError) as error:
-                log.warning("enclave-no-status", session=log.short(self._session), code=error.code)
-                return
-            self._reconcile(state)
+                yield
+            finally:
+                self._epoch += 1
 
     # How the store follows
 
@@ -366,7 +380,7 @@ class Live:
         return RefusedError("lost")
 
     def _judged(self, join: Join, cose: bytes, receipt: bytes, code: str) -> tuple[bytes, str]:
-        with self._lock:
+        with self._changing():
             self._joining.pop(join.digest, None)
             with self._world.store.write() as session:
                 if self._row(session).phase in LIVE:

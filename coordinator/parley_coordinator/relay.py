@@ -23,6 +23,7 @@ from parley_protocol.v1 import enclave_pb2 as pb
 
 CONNECT_S: Final = 10.0
 _LENGTHS: Final = struct.Struct(">II")
+_PART: Final = 1 << 20
 _READERS: Final = 256
 """Open files of one Serve connection: 17 parties with several tables each."""
 
@@ -77,7 +78,8 @@ class Channel:
                 connection.settimeout(deadline_s)
                 connection.sendall(framing.pack(request.SerializeToString()))
                 while True:
-                    answer = _answer(connection, end)
+                    # A release is as large as its bundle; all else is small.
+                    answer = _answer(connection, end, limits.BUNDLE_BYTES)
                     kind = answer.WhichOneof("op")
                     if kind == "failed":
                         raise RefusedError.from_wire(answer.failed.code)
@@ -100,9 +102,9 @@ class Channel:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-def _answer(connection: socket.socket, end: float | None) -> pb.Answer:
+def _answer(connection: socket.socket, end: float | None, limit: int = limits.MESSAGE_BYTES) -> pb.Answer:
     head = _receive(connection, framing.HEADER_BYTES, end)
-    message, payload = framing.header(head, limit_payload=0)
+    message, payload = framing.header(head, limit_message=limit, limit_payload=0)
     data = _receive(connection, message + payload, end)
     try:
         return pb.Answer.FromString(bytes(data))
@@ -111,15 +113,15 @@ def _answer(connection: socket.socket, end: float | None) -> pb.Answer:
 
 
 def _receive(connection: socket.socket, length: int, end: float | None) -> bytearray:
-    data = bytearray(length)
-    view, done = memoryview(data), 0
-    while done < length:
+    # Grows with what arrives: a header alone allocates nothing.
+    data = bytearray()
+    while len(data) < length:
         if end is not None:
             connection.settimeout(max(0.001, end - time.monotonic()))
-        got = connection.recv_into(view[done:])
-        if got == 0:
+        part = connection.recv(min(length - len(data), _PART))
+        if not part:
             raise ConnectionResetError("closed by the enclave")
-        done += got
+        data += part
     return data
 
 

@@ -9,6 +9,7 @@ waiting for an enclave delays nobody else. Streams that wait for events hold no 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -41,6 +42,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 WATCH_S = 30.0
 """A stream looks for events at least so often, also when no bell rang: other processes write to the store too."""
+WAITING = 4
+"""Messages of one upload that wait for the disk: memory of a stream."""
 PATIENCE_S = 0.25
 """How soon an upload's stream notices that another one has taken over."""
 
@@ -187,35 +190,44 @@ class Service(CoordinatorServicer):
             await _abort(context, error)
 
     async def _receive(self, requests: AsyncIterator[pb.UploadRequest], writing: Writing) -> None:
+        # Few messages wait here: behind them the client waits, held by HTTP/2's flow control.
+        waiting: asyncio.Queue[pb.UploadRequest | None] = asyncio.Queue(maxsize=WAITING)
+        reading = asyncio.ensure_future(_read(requests, waiting))
         syncing: asyncio.Future[UploadView] | None = None
         try:
-            while (request := await self._next(requests, writing)) is not None:
+            while (request := await self._next(waiting, reading, writing)) is not None:
                 if request.WhichOneof("part") != "chunk":
                     raise MalformedError("UploadRequest: not a chunk after the first message")
                 await self._in(self._quick, writing.write, request.chunk.offset, request.chunk.data)
-                if writing.unsynced >= limits.SYNC_BYTES:
-                    # One goes to the disk while the next one arrives; a third waits, and with it the client.
+                if writing.unsynced >= limits.SYNC_BYTES and (syncing is None or syncing.done()):
                     if syncing is not None:
-                        await syncing
+                        syncing.result()
                     syncing = asyncio.ensure_future(self._in(self._quick, writing.sync))
+                elif writing.unsynced >= 2 * limits.SYNC_BYTES and syncing is not None:
+                    # One part goes to the disk while the next one arrives; a third has to wait.
+                    await syncing
         finally:
+            reading.cancel()
             if syncing is not None:
                 await asyncio.shield(asyncio.wait([syncing]))
         if syncing is not None:
-            await syncing
+            syncing.result()
 
-    async def _next(self, requests: AsyncIterator[pb.UploadRequest], writing: Writing) -> pb.UploadRequest | None:
-        coming = asyncio.ensure_future(anext(aiter(requests), None))
-        try:
-            while not (await asyncio.wait([coming], timeout=PATIENCE_S))[0]:
-                if writing.superseded.is_set():
-                    raise RefusedError("busy", "another stream has taken over this upload")
-                if self._stopping.is_set():
-                    raise _stopping()
-        except BaseException:
-            coming.cancel()
-            raise
-        return coming.result()
+    async def _next(
+        self, waiting: asyncio.Queue[pb.UploadRequest | None], reading: asyncio.Future[None], writing: Writing
+    ) -> pb.UploadRequest | None:
+        while True:
+            if writing.superseded.is_set():
+                raise RefusedError("busy", "another stream has taken over this upload")
+            if self._stopping.is_set():
+                raise _stopping()
+            if not waiting.empty():
+                return waiting.get_nowait()
+            if reading.done():
+                reading.result()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    return await waiting.get()
 
     @staticmethod
     def _finish(manager: Any, writing: Writing) -> UploadView:
@@ -362,6 +374,12 @@ class Service(CoordinatorServicer):
 
     async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+
+
+async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queue[pb.UploadRequest | None]) -> None:
+    async for request in requests:
+        await waiting.put(request)
+    await waiting.put(None)
 
 
 async def _abort(context: _Context, error: ParleyError, *, authenticating: bool = False) -> NoReturn:

@@ -324,7 +324,8 @@ def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:
         session.scalars(select(JoinRow.party).where(JoinRow.number == row.number, JoinRow.receipt.is_not(None)))
     )
     signed: set[str] = set()
-    if row.roster is not None:
+    # A lost session's countersignatures are as void as its joins.
+    if row.roster is not None and row.phase != "lost":
         signed = set(session.scalars(select(CountersignatureRow.party).where(CountersignatureRow.roster == row.roster)))
 
     def phase(party: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from parley_coordinator import tls
+from parley_coordinator.__main__ import main
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import sign
 from parley_protocol.claims import VerifiedOffer, verify_offer, verify_roster
@@ -166,11 +169,10 @@ class Coordinator:
 
     def run_command(self, *arguments: str) -> str:
         """The output of one command of parley-coordinator."""
-        result = subprocess.run(
-            [sys.executable, "-m", "parley_coordinator", *arguments], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            assert main(arguments) == 0
+        return output.getvalue()
 
     def operators(self, *identities: PrivateIdentity) -> None:
         """Lists keys as those that may put agreements and open sessions."""
