@@ -132,6 +132,10 @@ DECIMAL_SCALE: Final = 18
 """Digits after the point of a decimal: 64 bits hold no more."""
 CATEGORY_VALUES: Final = 200_000
 """Values of a category: ICD-10 with its national extensions has less than half of that."""
+AGREEMENT_PROBLEMS: Final = 100
+"""Problems that one check of an agreement reports: more, nobody reads at once."""
+BY_COLUMNS: Final = 32
+"""Columns of a `by`: 17 of two values each are more cells than an output has."""
 BIN_EDGES: Final = 1000
 """Edges of the bins of one `by`: more is a histogram."""
 ROWS_PER_UNIT: Final = 1_000_000

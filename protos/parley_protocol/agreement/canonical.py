@@ -27,7 +27,7 @@ def parse(data: bytes) -> Agreement:
     if type(value) is not list or len(value) != 2 or value[0] != LABEL or type(value[1]) is not dict:
         raise MalformedError("not an agreement")
     try:
-        agreement = build(_language(value[1]), _no_file)  # agr-5
+        agreement = build(_language(value[1]), _no_file, most=1)  # agr-5
     except AgreementError as error:
         raise MalformedError(f"not a valid agreement: {error.problems[0]}") from None
     if agreement.canonical != data:  # agr-6

@@ -160,7 +160,7 @@ class Column:
     high: Physical | None = None
     scale: int = 0
     unit: str | None = None
-    values: tuple[str, ...] = field(default=(), repr=False)
+    values: tuple[str, ...] = field(default=(), repr=False, hash=False)
 
     @property
     def dtype(self) -> str:

@@ -70,7 +70,6 @@ DEFAULT_COUNTERSIGN_WITHIN_MS: Final = 86_400_000
 DEFAULT_MAX_RELEASES: Final = 1
 DEFAULT_COALITION: Final = 1
 
-_PROBLEMS: Final = 100
 _HASH: Final = re.compile(r"[0-9a-f]{96}")
 _WHOLE: Final = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _DURATION: Final = re.compile(r"([1-9][0-9]{0,11}) (millisecond|second|minute|hour|day|week)s?")
@@ -88,12 +87,17 @@ _T = TypeVar("_T")
 _E = TypeVar("_E", bound=StrEnum)
 
 
-def build(tree: Tree, read: Read, lines: Mapping[str, int] | None = None) -> Agreement:
-    """The agreement that `tree` describes; AgreementError with all problems. `lines`: path of a field -> its line (1..)."""
-    builder = _Builder(read, lines or {})
+def build(
+    tree: Tree, read: Read, lines: Mapping[str, int] | None = None, *, most: int = limits.AGREEMENT_PROBLEMS
+) -> Agreement:
+    """The agreement that `tree` describes; AgreementError with all problems, but no more than `most`.
+
+    `lines`: path of a field -> its line (1..).
+    """
+    builder = _Builder(read, lines or {}, most)
     try:
         agreement = builder.agreement(_Node("", tree))
-    except _BadError:
+    except (_BadError, _EnoughError):
         raise AgreementError(builder.problems) from None
     if builder.problems:
         raise AgreementError(builder.problems)
@@ -102,6 +106,10 @@ def build(tree: Tree, read: Read, lines: Mapping[str, int] | None = None) -> Agr
 
 class _BadError(Exception):
     """A part that cannot be built; the problem is on the list already."""
+
+
+class _EnoughError(Exception):
+    """As many problems as anybody reads: hostile input must not be able to ask for more work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +124,9 @@ class _Node:
 
 
 class _Builder:
-    def __init__(self, read: Read, lines: Mapping[str, int]) -> None:
+    def __init__(self, read: Read, lines: Mapping[str, int], most: int) -> None:
         self.read = read
+        self.most = most
         self.lines = lines
         self.problems: list[Problem] = []
         self.members: dict[str, PublicIdentity] = {}
@@ -130,8 +139,10 @@ class _Builder:
         while place and place not in self.lines:
             place = place[: max(place.rfind("."), place.rfind("["), 0)]
         problem = Problem(path or "agreement", self.lines.get(place), message)
-        if problem not in self.problems and len(self.problems) < _PROBLEMS:
+        if problem not in self.problems:
             self.problems.append(problem)
+        if len(self.problems) >= self.most:
+            raise _EnoughError
 
     def bad(self, node: _Node, message: str) -> NoReturn:
         self.report(node.path, message)
@@ -155,9 +166,11 @@ class _Builder:
 
     # Shapes
 
-    def mapping(self, node: _Node) -> dict[str, _Node]:
+    def mapping(self, node: _Node, most: int = limits.MEMBERS) -> dict[str, _Node]:
         if not isinstance(node.value, Mapping):
             self.bad(node, f"is {_shape(node.value)}, not a map of names to values")
+        if len(node.value) > most:
+            self.bad(node, f"has {len(node.value)} entries, more than {most}")
         result: dict[str, _Node] = {}
         for key, value in node.value.items():
             if not isinstance(key, str):
@@ -408,7 +421,7 @@ class _Builder:
     def tables(self, node: _Node) -> dict[str, Table]:
         made = {
             name: self.attempt(lambda name=name, item=item: self.table(name, item))  # type: ignore[misc]
-            for name, item in self.keys(self.mapping(node), identifier_problem)
+            for name, item in self.keys(self.mapping(node, limits.TABLES), identifier_problem)
         }
         if not made:
             self.bad(node, "none: there is no party")
@@ -432,7 +445,7 @@ class _Builder:
 
     def columns(self, node: _Node, key: str | None) -> dict[str, Column]:
         made: dict[str, Column | None] = {}
-        for name, item in self.keys(self.mapping(node), identifier_problem):
+        for name, item in self.keys(self.mapping(node, limits.COLUMNS), identifier_problem):
             if name == key:
                 self.report(item.path, "is the key, which stands in every table by itself")
                 continue
@@ -532,7 +545,7 @@ class _Builder:
     def outputs(self, node: _Node, tables: Mapping[str, Table]) -> dict[str, Output]:
         made = {
             name: self.attempt(lambda name=name, item=item: self.output(name, item, tables))  # type: ignore[misc]
-            for name, item in self.keys(self.mapping(node), name_problem)
+            for name, item in self.keys(self.mapping(node, limits.OUTPUTS), name_problem)
         }
         return self.complete(made)
 
@@ -579,7 +592,7 @@ class _Builder:
         return self.complete(
             {
                 name: self.attempt(lambda name=name, item=item: self.grouping(name, item, scope, known))  # type: ignore[misc]
-                for name, item in self.keys(self.mapping(node), name_problem)
+                for name, item in self.keys(self.mapping(node, limits.BY_COLUMNS), name_problem)
             }
         )
 
@@ -633,7 +646,7 @@ class _Builder:
         return self.complete(
             {
                 name: self.attempt(lambda name=name, item=item: self.measure(name, item, scope))  # type: ignore[misc]
-                for name, item in self.keys(self.mapping(node), name_problem)
+                for name, item in self.keys(self.mapping(node, limits.COLUMNS), name_problem)
             }
         )
 

@@ -437,3 +437,18 @@ def test_tables_name_their_columns() -> None:
     first = table.ref("x", left=True)
     assert first is not None
     assert first.nullable
+
+
+def test_hostile_sizes_are_refused_at_the_first_problem() -> None:
+    many = [f"x{number}" for number in range(20_000)]
+    for change in (
+        lambda form: form["tables"][0].update({"from": many}),
+        lambda form: form["tables"][0].update(columns=[{"name": name, "type": "bool", "null": False} for name in many]),
+        lambda form: form["outputs"][0].update(values=[[name, "count"] for name in many]),
+        lambda form: form["outputs"][0].update(to=many),
+        lambda form: form.update(groups=[[name, ["AA"]] for name in many]),
+        lambda form: form.update(dict.fromkeys(many, 1)),
+    ):
+        with pytest.raises(MalformedError) as caught:
+            parse(changed(change))
+        assert len(caught.value.message) < 1000
