@@ -67,7 +67,9 @@ def make(
     if [table.name for table in tables] != list(agreement.outputs):
         raise MalformedError("the outputs are not the agreement's")
     key = noise_key(tuple(shares), agreement.digest, offer.head, roster.inputs_digest)
-    plaintexts = {table.name: SealedOutput.of(output_salt(key, table.name), table.to_bytes(), table.widest) for table in tables}
+    plaintexts = {
+        table.name: SealedOutput.of(output_salt(key, table.name), table.to_bytes(), table.widest) for table in tables
+    }
     body = RecordBody(
         agreement=agreement.digest,
         engine=ENGINE_VERSION,

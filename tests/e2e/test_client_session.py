@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from parley import Release, RefusedError, StateError
+from parley import RefusedError, Release, StateError
 from parley.session import Session
 from parley_protocol.errors import DataError
 from support.client import Members, frame_of, members

@@ -39,7 +39,13 @@ class Members:
     """Members beside one coordinator. The first one may put agreements and open sessions."""
 
     def __init__(
-        self, folder: Path, coordinator: Coordinator, names: Sequence[str], *, analysts: Sequence[str] = (), **session: Any
+        self,
+        folder: Path,
+        coordinator: Coordinator,
+        names: Sequence[str],
+        *,
+        analysts: Sequence[str] = (),
+        **session: Any,
     ) -> None:
         self.folder = folder
         self.coordinator = coordinator

@@ -27,7 +27,9 @@ from parley.cli.summary import lines, notes
 if TYPE_CHECKING:
     from parley import Agreement
 
-Reference = Annotated[str, typer.Argument(help="Title, start of the digest, or file of an agreement.", metavar="AGREEMENT")]
+Reference = Annotated[
+    str, typer.Argument(help="Title, start of the digest, or file of an agreement.", metavar="AGREEMENT")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -253,7 +255,8 @@ def get(
 def sign(
     agreement: Reference,
     trust_head: Annotated[
-        str | None, typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost.")
+        str | None,
+        typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost."),
     ] = None,
     key: KeyOption = None,
     to: ToOption = None,

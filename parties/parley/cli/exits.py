@@ -74,7 +74,9 @@ def describe(error: Exception) -> tuple[str, str, Exit]:
         else:
             code = code_of(error.code)
         return error.message, error.code, code
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError | FileExistsError):
+    if isinstance(
+        error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError | FileExistsError
+    ):
         return f"{error.filename}: {error.strerror}", "file", Exit.USAGE
     # The text of a foreign error may quote a value of the data, so only its type is shown.
     return f"an error in parley itself ({type(error).__name__})", "internal", Exit.INTERNAL

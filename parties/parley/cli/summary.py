@@ -108,7 +108,9 @@ def _effective(rules: Rules, units: str, parties: str) -> str:
 def _limits(agreement: Agreement) -> list[str]:
     known = min(rules.min_units for rules in agreement.rules) - 1
     most = max((len(agreement.tables[output.table].parties) for output in agreement.outputs.values()), default=0)
-    texts = [f"who knows {known} {several(agreement.unit.name) if known > 1 else agreement.unit.name} of a cell learns a bit about a {ordinal(known + 1)}"]
+    texts = [
+        f"who knows {known} {several(agreement.unit.name) if known > 1 else agreement.unit.name} of a cell learns a bit about a {ordinal(known + 1)}"
+    ]
     if most > 1:
         texts.insert(0, f"{most - 1} colluding {party_word(agreement)} learn the share of the {ordinal(most)}")
     return texts
@@ -159,7 +161,11 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
     from parley.agreements import duration
 
     session = agreement.session
-    quorum = "all parties" if session.quorum == len(agreement.parties) else f"{session.quorum} of {len(agreement.parties)} parties"
+    quorum = (
+        "all parties"
+        if session.quorum == len(agreement.parties)
+        else f"{session.quorum} of {len(agreement.parties)} parties"
+    )
     consent = (
         "every included party countersigns the roster"
         if str(session.consent) == "roster"
@@ -168,7 +174,10 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
     start = ", ".join(session.start) if len(session.start) <= 3 else plural(len(session.start), "member")
     return [
         ("Session", f"{quorum}, within {duration(session.deadline_ms)}; started by {start}; {consent}"),
-        ("", f"countersigned within {duration(session.countersign_within_ms)}; at most {plural(session.max_releases, 'release')}"),
+        (
+            "",
+            f"countersigned within {duration(session.countersign_within_ms)}; at most {plural(session.max_releases, 'release')}",
+        ),
         ("Expires", f"after {agreement.expires.isoformat()}, UTC"),
     ]
 
@@ -181,12 +190,16 @@ def notes(agreement: Agreement) -> list[str]:
         found.append(f"{_some(idle)} {'receives' if len(idle) == 1 else 'receive'} no output")
     alone = [name for name in agreement.members if name not in agreement.parties and name not in agreement.recipients]
     if alone:
-        found.append(f"{_some(alone)} {'brings' if len(alone) == 1 else 'bring'} and {'receives' if len(alone) == 1 else 'receive'} nothing")
+        found.append(
+            f"{_some(alone)} {'brings' if len(alone) == 1 else 'bring'} and {'receives' if len(alone) == 1 else 'receive'} nothing"
+        )
     for output in agreement.outputs.values():
         parties = len(agreement.tables[output.table].parties)
         needed = max(rules.parties_needed for rules in agreement.rules)
         if needed >= parties:
-            found.append(f"{output.name}: each of its {parties} {party_word(agreement)} must stand behind every value that is shown")
+            found.append(
+                f"{output.name}: each of its {parties} {party_word(agreement)} must stand behind every value that is shown"
+            )
     if any(rules.coalition == 0 for rules in agreement.rules):
         found.append("coalition: 0 trusts every party not to invent rows")
     if str(agreement.session.consent) == "standing":

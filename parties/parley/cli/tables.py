@@ -51,7 +51,9 @@ def _hidden(table: OutputTable, shown: int, unit: str, parties: str) -> list[str
     lines = []
     if shown < table.rows:
         rest = table.rows - shown
-        lines.append(f"{rest} of {table.rows} combinations {'is' if rest == 1 else 'are'} hidden or empty: too few {unit} or {parties}")
+        lines.append(
+            f"{rest} of {table.rows} combinations {'is' if rest == 1 else 'are'} hidden or empty: too few {unit} or {parties}"
+        )
     partly = sum(column.hidden for column in table.columns) - (table.rows - shown) * sum(
         column.type != "label" for column in table.columns
     )
