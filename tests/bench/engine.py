@@ -31,6 +31,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from figures import Figure, seconds
+
 from parley_enclave import engine
 from support.blobs import Run, Tables, agreement_of, prepare
 

@@ -117,7 +117,7 @@ def _label(grouping: Any, value: Any) -> str | None:
 
 
 def _failed(rows: Sequence[Row], rules: Sequence[Rules]) -> str | None:
-    """The first rule that these rows fail. For a coalition of two or more the engine may ask for more units than this."""
+    """The first rule that these rows fail."""
     parties = sorted({row["party"] for row in rows})
     units = {row["unit"] for row in rows}
     few_units = few_parties = False
@@ -129,6 +129,15 @@ def _failed(rows: Sequence[Row], rules: Sequence[Rules]) -> str | None:
             few_parties |= len(parties) < rule.min_parties
             continue
         few_parties |= len(parties) - rule.coalition < rule.min_parties
+        if rule.coalition > 1:
+            charges = dict.fromkeys(parties, Fraction())
+            for unit in units:
+                having = {row["party"] for row in rows if row["unit"] == unit}
+                for party in having if len(having) <= rule.coalition else ():
+                    charges[party] += Fraction(1, len(having))
+            taken = sum(sorted(charges.values())[-rule.coalition :], Fraction())
+            few_units |= len(units) - taken < rule.min_units
+            continue
         for gone in combinations(parties, min(rule.coalition, len(parties))):
             few_units |= len({row["unit"] for row in rows if row["party"] not in gone}) < rule.min_units
     return "min_units" if few_units else "min_parties" if few_parties else None

@@ -1,4 +1,4 @@
-"""The rules for one value of an output: which cells may show it (SPEC dis-1 to dis-9).
+"""The rules for one value of an output: which cells may show it (SPEC, "Disclosure").
 
 A value is judged on the rows that contribute to it. It passes when it passes every member's rules, each of which must
 still hold after the rows of any coalition of parties are taken away, since parties invent units and collude (REVIEW G2).
@@ -21,12 +21,12 @@ Counts = NDArray[np.int64]
 MIN_UNITS: Final = "min_units"
 MIN_PARTIES: Final = "min_parties"
 ORDER: Final = (MIN_UNITS, MIN_PARTIES)
-"""A hidden value counts for the first of these that it fails; an empty cell fails the first."""
+"""A hidden value counts for the first of these that it fails (dis-8); an empty cell fails the first (dis-7)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the rules look at, for the rows that contribute to one value, by cell.
+    """What the rules look at, for the rows that contribute to one value, by cell (dis-1).
 
     `units` [cells]: distinct units. `party_units` [cells, parties]: distinct units of each party. `shared` [m, cells,
     parties]: at m - 1, the units of each party that exactly m parties have in the cell; m up to the greatest coalition.
@@ -47,7 +47,7 @@ def hidden_by(evidence: Evidence, rules: Sequence[Rules]) -> NDArray[np.int8]:
     parties = np.count_nonzero(evidence.party_units, axis=1)
     few_units = np.zeros(len(evidence.units), np.bool_)
     few_parties = few_units.copy()
-    for each in rules:
+    for each in rules:  # dis-2
         few_units |= evidence.units < each.min_units
         if each.coalition is None:  # dis-6
             few_units |= ((evidence.party_units > 0) & (evidence.party_units < each.min_units)).any(axis=1)

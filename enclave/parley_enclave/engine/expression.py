@@ -1,4 +1,4 @@
-"""Evaluation of conditions on arrays: SQL's three-valued logic, one numpy operation a node."""
+"""Evaluation of conditions on arrays: SQL's three-valued logic, one numpy operation a node (eng-8)."""
 
 from __future__ import annotations
 

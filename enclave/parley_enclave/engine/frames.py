@@ -144,7 +144,7 @@ class Reader:
         return result
 
     def check(self, groups: range, columns: Sequence[int], frames: Sequence[memoryview]) -> None:
-        """Checks each frame against its tag; FrameError."""
+        """Checks each frame against its tag (eng-2); FrameError."""
         places = ((group, column) for group in groups for column in columns)
         for (group, column), frame in zip(places, frames, strict=True):
             number = self._layout.frame_index(group, column)

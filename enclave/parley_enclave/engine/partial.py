@@ -1,4 +1,4 @@
-"""The state of one key range of all outputs: named plain arrays with one canonical encoding.
+"""The state of one key range of all outputs: named plain arrays with one canonical encoding (eng-12).
 
 Bytes: u32 little-endian length of a CBOR header, the header [label, agreement digest, range, [[name, dtype, [sizes...]]...]],
 then the arrays in that order, little-endian, the last index running fastest.

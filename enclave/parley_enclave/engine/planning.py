@@ -1,4 +1,4 @@
-"""The plan of a scan: which columns, which windows, which ranges (SPEC eng-1 to eng-5).
+"""The plan of a scan: which columns, which windows, which ranges (SPEC, "Computation").
 
 All of it follows from the agreement and from the indices that admission made, never from the number of workers; so does
 everything computed by it.
@@ -84,7 +84,7 @@ def plan(agreement: Agreement, sources: Sequence[tuple[Source, Admitted]]) -> Pl
         KINDS[output.kind](agreement, output, len(tables[output.table].inputs)) for output in agreement.outputs.values()
     )
     if sum(output.state_bytes for output in outputs) > limits.STATE_BYTES:
-        raise RefusedError("memory")
+        raise RefusedError("memory")  # eng-5
     inputs = [each for table in tables.values() for each in table.inputs]
     bounds = _bounds(inputs)
     _fits(tables, bounds)
@@ -92,7 +92,7 @@ def plan(agreement: Agreement, sources: Sequence[tuple[Source, Admitted]]) -> Pl
 
 
 def _bounds(inputs: Sequence[Input]) -> Keys:
-    """A bound at the last key of a group wherever another WINDOW_ROWS rows have ended."""
+    """A bound at the last key of a group wherever another WINDOW_ROWS rows have ended (eng-3)."""
     last = np.concatenate([each.index.last for each in inputs] or [np.empty(0, np.uint64)])
     rows = np.repeat(
         [each.source.layout.group_rows for each in inputs], [len(each.index.last) for each in inputs]
@@ -107,6 +107,7 @@ def _bounds(inputs: Sequence[Input]) -> Keys:
 
 
 def _cuts(windows: int, inputs: Sequence[Input]) -> tuple[int, ...]:
+    """Where ranges begin and end (eng-4): long enough that what two of them read twice is little."""
     groups = sum(len(each.index.last) for each in inputs)
     wanted = groups // max(1, limits.RANGE_GROUPS * len(inputs))
     ranges = min(limits.RANGES, windows, 1 << max(0, wanted.bit_length() - 1))
@@ -114,7 +115,7 @@ def _cuts(windows: int, inputs: Sequence[Input]) -> tuple[int, ...]:
 
 
 def _fits(tables: Mapping[str, TablePlan], bounds: Keys) -> None:
-    """Estimates the greatest window: groups that touch it are buffered, and it is cut between units where it is too long."""
+    """Estimates the greatest window: groups that touch it are buffered, and it is cut between units where it is too long (eng-5)."""
     buffered = np.zeros(len(bounds) - 1, np.int64)
     unit = 0
     width = 0

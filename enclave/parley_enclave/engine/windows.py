@@ -1,4 +1,4 @@
-"""Windows of a scan: for a run of keys, the rows of every table, sorted by key, with every unit whole (SPEC eng-6 to eng-9).
+"""Windows of a scan: for a run of keys, the rows of every table, sorted by key, with every unit whole (SPEC, "Computation").
 
 Memory holds the groups that touch a window and no more. While a window is worked on, the frames of the next are pulled.
 """
@@ -47,7 +47,7 @@ class Rows:
 
 
 class Lookup:
-    """A joined table in a window: one row for each unit that one party alone brings, and a last row of nulls."""
+    """A joined table in a window: one row for each unit that one party alone brings, and a last row of nulls (eng-7)."""
 
     def __init__(self, rows: Rows, columns: Mapping[int, Column]) -> None:
         first = rows.starts
@@ -188,7 +188,7 @@ def _reader(part: Input, table: TablePlan, guard_key: bytes, pull: Pull) -> Read
 
 
 def _check_padding(plan: Plan, guard_key: bytes, pull: Pull) -> None:
-    """Groups that hold padding alone are pulled like the others, a few at a time, so that none is left out."""
+    """Groups that hold padding alone are pulled like the others, a few at a time, so that none is left out (eng-1)."""
     for table in plan.tables.values():
         for part in table.inputs:
             layout = part.source.layout
@@ -204,7 +204,7 @@ Taken = dict[str, list[list[Values]]]
 
 
 def _cut(taken: Taken) -> Iterator[Taken]:
-    """The window, or parts of it where it has far more rows than was aimed at; no unit is split."""
+    """The window, or parts of it where it has far more rows than was aimed at; no unit is split (eng-3)."""
     while (
         total := sum(len(columns[0]) for each in taken.values() for columns in each if columns)
     ) > 2 * limits.WINDOW_ROWS:
@@ -242,7 +242,7 @@ def _cut(taken: Taken) -> Iterator[Taken]:
 
 
 def _merge(slices: Sequence[Sequence[Values]], plan: TablePlan) -> Rows:
-    """One table's rows from those of its uploads, each sorted by key."""
+    """One table's rows from those of its uploads, each sorted by key (eng-6)."""
     some = [(number, columns) for number, columns in enumerate(slices) if columns]
     kind = np.uint8 if len(slices) <= 256 else np.uint16
     if not some:

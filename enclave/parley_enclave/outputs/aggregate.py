@@ -1,7 +1,7 @@
 """The output kind `aggregate`: cells of declared values, and in each counts, distinct units, sums, means and variances.
 
-Counts, units and sums of whole numbers and decimals are exact. Floats: each window in two passes (its mean, then deviations
-from it), windows and ranges merged by Chan, Golub and LeVeque's formula, sums with Neumaier's compensation.
+Counts, units and sums of whole numbers and decimals are exact (eng-10). Floats: each window in two passes (its mean, then deviations
+from it), windows and ranges merged by Chan, Golub and LeVeque's formula, sums with Neumaier's compensation (eng-11).
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ class Aggregate:
     # State to output
 
     def finish(self, state: State) -> OutputTable:
-        """The output, its rules applied."""
+        """The output, its rules applied (eng-13, dis-7, dis-8)."""
         hidden = {basis: self._hidden(state, basis) for basis in self._bases.values()}
         columns = self._labels()
         reasons = dict.fromkeys(disclosure.ORDER, 0)
@@ -498,7 +498,7 @@ def _codings(by: Sequence[Grouping]) -> dict[str, list[_Coding]]:
 
 
 def _code(codings: Sequence[_Coding], column: Callable[[ColumnRef], NDArray[Any]]) -> Codes:
-    """The parts of several `by` columns of one table, added."""
+    """The parts of several `by` columns of one table, added (eng-9)."""
     total: Codes | None = None
     for coding in codings:
         grouping = coding.grouping

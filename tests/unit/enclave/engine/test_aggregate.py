@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parley_enclave.outputs.aggregate import decimal_text
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from support.blobs import Array, Tables, agreement_of, compute, prepare
@@ -129,7 +130,7 @@ WHERES = [
 
 
 @pytest.mark.parametrize(("where", "sql"), WHERES)
-def test_conditions(where: str | None, sql: str | None) -> None:
+def test_eng_8_conditions(where: str | None, sql: str | None) -> None:
     output = {"by": {"region": "region", "kind": "kind"}, "values": {"n": "count", "u": "units", "s": "sum(count)"}}
     check(agreement(output | ({"where": where} if where else {})), data(3, 400, 200, joined=False), sql)
 
@@ -145,6 +146,8 @@ RULES = [
         "amber": {"min_parties": 4},
         "dune": {"coalition": "all"},
     },
+    {"everyone": {"min_units": 8, "min_parties": 1, "coalition": 2}},
+    {"everyone": {"min_units": 3, "min_parties": 1, "coalition": 3}, "cedar": {"coalition": 2, "min_units": 6}},
 ]
 
 
@@ -158,7 +161,9 @@ RULES = [
     window=st.sampled_from([1, 16, 1 << 17]),
 )
 @settings(max_examples=120)
-def test_random_tables(seed: int, rows: int, units: int, join: str | None, by: Any, rules: Any, window: int) -> None:
+def test_dis_1_random_tables(
+    seed: int, rows: int, units: int, join: str | None, by: Any, rules: Any, window: int
+) -> None:
     edges = {"pay": [-1000, 0, 1234.56], "score": [0, 100.5], "day": ["2020-03-01"], "count": list(range(1, 10))}
     groupings: dict[str, Any] = {name: {"bin": name, "edges": edges[name]} if name in edges else name for name in by}
     output: dict[str, Any] = {"values": ALL_VALUES}
@@ -194,7 +199,7 @@ def test_no_upload_of_the_own_table_hides_everything() -> None:
     assert [reason.values for reason in table.reasons] == [8]
 
 
-def test_exact_sums_beyond_64_bits() -> None:
+def test_eng_10_exact_sums_beyond_64_bits() -> None:
     random = np.random.default_rng(1)
     keys, columns = events(random, 3000, 3000)
     columns[5][:] = 2**63 - 1
@@ -205,7 +210,7 @@ def test_exact_sums_beyond_64_bits() -> None:
     assert cells[()] == {"s": str(12000 * (2**63 - 1)), "m": float(2**63 - 1), "v": 0.0}
 
 
-def test_floats_with_a_great_offset_keep_their_variance() -> None:
+def test_eng_11_floats_with_a_great_offset_keep_their_variance() -> None:
     agreed = agreement_of(
         ["amber"],
         {
@@ -264,3 +269,69 @@ def test_same_bytes_for_any_order_of_ranges_and_again(monkeypatch: pytest.Monkey
     assert prepare(agreed, tables).outputs()[0].to_bytes() == forward
     # The order in which uploads arrive is not the order in which they are computed.
     assert prepare(agreed, dict(reversed(list(tables.items())))).outputs()[0].to_bytes() == forward
+
+
+def test_eng_9_bins_nulls_and_the_order_of_cells() -> None:
+    columns = {
+        "open": {"type": "bool", "null": True},
+        "age": {"type": "int", "min": 0, "max": 99, "null": True},
+    }
+    agreed = agreement_of(
+        ["amber"],
+        {"t": {"from": "amber", "key": "id", "rows_per_unit": 1, "columns": columns}},
+        {
+            "out": {
+                "from": "t",
+                "by": {"open": "open", "age": {"bin": "age", "edges": [10, 20]}},
+                "values": {"n": "count"},
+            }
+        },
+    )
+    # Two of each combination, and one more at each edge.
+    opens = np.repeat(np.array([0, 1, 255], "u1"), 8)
+    ages = np.tile(np.array([0, 9, 10, 19, 20, 99, -(2**63), -(2**63)]), 3)
+    keys = np.arange(1, 25, dtype="<u8")
+    (table,) = compute(agreed, {("amber", "t"): (keys, [opens, ages])}).values()
+    assert table.columns[0].cells == ("false",) * 4 + ("true",) * 4 + (None,) * 4
+    assert (
+        table.columns[1].cells[:4] == ("before 10", "10 to 19", "20 and later", None)
+        or len(table.columns[1].cells) == 12
+    )
+    assert table.columns[1].cells[3] is None and table.columns[1].cells[:4] * 3 == table.columns[1].cells
+    assert table.columns[2].cells == (2,) * 12
+
+
+def test_eng_13_types_and_texts_of_columns() -> None:
+    table = compute(agreement({"by": {"region": "region"}, "values": ALL_VALUES}), data(4, 200, 100, joined=False))[
+        "out"
+    ]
+    types = {column.name: column.type for column in table.columns}
+    assert types["region"] == "label" and types["rows"] == types["people"] == types["scores"] == "count"
+    assert types["sum_pay"] == types["sum_huge"] == types["sum_count"] == "decimal"
+    assert {types[name] for name in ALL_VALUES if name.startswith(("mean", "sd", "var"))} == {"float"}
+    pay = next(column for column in table.columns if column.name == "sum_pay").cells[0]
+    assert isinstance(pay, str) and len(pay.partition(".")[2]) == 2
+
+
+@pytest.mark.parametrize(
+    ("scaled", "scale", "text"),
+    [
+        (0, 0, "0"),
+        (0, 2, "0.00"),
+        (-5, 2, "-0.05"),
+        (12345, 2, "123.45"),
+        (-(10**30), 18, "-1000000000000." + "0" * 18),
+    ],
+)
+def test_eng_13_decimal_text(scaled: int, scale: int, text: str) -> None:
+    assert decimal_text(scaled, scale) == text
+
+
+def test_dis_8_reasons_add_up_to_what_is_hidden() -> None:
+    table = compute(agreement({"by": {"kind": "kind"}, "values": ALL_VALUES}, RULES[2]), data(6, 60, 30, joined=False))[
+        "out"
+    ]
+    hidden = sum(column.hidden for column in table.columns)
+    assert hidden > 0
+    assert sum(reason.values for reason in table.reasons) == hidden
+    assert [reason.rule for reason in table.reasons] == sorted(reason.rule for reason in table.reasons)

@@ -55,12 +55,23 @@ CELLS = st.lists(st.sets(st.integers(0, 4), min_size=1), max_size=30).map(lambda
 LIMITS = st.tuples(st.integers(2, 12), st.integers(1, 4))
 
 
-@given(cell=CELLS, bounds=LIMITS, coalition=st.sampled_from([0, 1, None]))
-def test_dis_3_dis_4_dis_6_exact_for_nobody_one_and_all(
-    cell: Cell, bounds: tuple[int, int], coalition: int | None
-) -> None:
+@given(cell=CELLS, bounds=LIMITS, coalition=st.sampled_from([0, 1]))
+def test_dis_4_nobody_and_one_party_exactly(cell: Cell, bounds: tuple[int, int], coalition: int) -> None:
     rule = Rules(None, *bounds, coalition)
     assert verdict(cell, [rule], 5) == by_hand(cell, rule, 5)
+
+
+@given(cell=CELLS, bounds=LIMITS)
+def test_dis_6_all_exactly(cell: Cell, bounds: tuple[int, int]) -> None:
+    rule = Rules(None, *bounds, None)
+    assert verdict(cell, [rule], 5) == by_hand(cell, rule, 5)
+
+
+@pytest.mark.parametrize(("parties", "coalition"), [(3, 0), (4, 1), (5, 1), (5, 3), (5, 4)])
+def test_dis_3_parties_left(parties: int, coalition: int) -> None:
+    cell = {number: {number % parties} for number in range(100)}
+    assert verdict(cell, [Rules(None, 2, parties - coalition, coalition)], 5) == "shown"
+    assert verdict(cell, [Rules(None, 2, parties - coalition + 1, coalition)], 5) == "min_parties"
 
 
 @given(cell=CELLS, bounds=LIMITS, coalition=st.integers(2, 7))

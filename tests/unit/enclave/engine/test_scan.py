@@ -54,7 +54,7 @@ def second_version(blob: Blob, number: int) -> bytes:
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 7])
-def test_t1_a_second_version_of_a_frame_at_the_second_pull(number: int) -> None:
+def test_eng_2_a_second_version_of_a_frame_at_the_second_pull(number: int) -> None:
     agreement = agreed()
     host = Host()
     blobs = [seal(agreement, party, "t", *spread(40_000, seed), number=seed) for seed, party in enumerate(PARTIES)]
@@ -70,7 +70,7 @@ def test_t1_a_second_version_of_a_frame_at_the_second_pull(number: int) -> None:
     assert engine.scan(plan, 0, GUARD_KEY, host.pull, lambda percent: None) == good
 
 
-def test_a_frame_of_padding_is_checked_too() -> None:
+def test_eng_1_a_frame_of_padding_is_checked_too() -> None:
     run = run_of(amber=spread(70_000), birch=spread(100), cedar=spread(100))
     layout = run.plan.tables["t"].inputs[0].source.layout
     assert layout.groups == 5
@@ -86,7 +86,7 @@ def test_a_frame_of_padding_is_checked_too() -> None:
         run.scan(run.plan.ranges - 1)
 
 
-def test_frames_of_columns_that_no_output_reads_are_not_pulled() -> None:
+def test_eng_1_frames_of_columns_that_no_output_reads_are_not_pulled() -> None:
     run = run_of(amber=spread(20_000), birch=spread(5), cedar=spread(5))
     layout = run.plan.tables["t"].inputs[0].source.layout
     run.host.pulls.clear()
@@ -132,7 +132,7 @@ def test_skewed_keys_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cells_of(run.outputs()[0]) == {(): {"n": rows, "u": 10_002, "s": rows / 2}}
 
 
-def test_windows_are_short_and_never_split_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eng_3_windows_are_short_and_never_split_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WINDOW_ROWS", 4000)
     monkeypatch.setattr(limits, "RANGE_GROUPS", 1)
     random = np.random.default_rng(3)
@@ -153,14 +153,30 @@ def test_windows_are_short_and_never_split_a_unit(monkeypatch: pytest.MonkeyPatc
     assert total == 180_000
 
 
-def test_ranges_do_not_depend_on_the_order_of_arrival() -> None:
+def test_eng_6_parties_keep_their_order_within_a_unit() -> None:
+    run = run_of(
+        cedar=table(np.array([1, 3, 3], "<u8")), amber=table(np.array([3, 4], "<u8")), birch=table(np.array([3], "<u8"))
+    )
+    (window,) = windows(run.plan, 0, GUARD_KEY, run.host.pull, lambda percent: None)
+    assert window.tables["t"].keys.tolist() == [1, 3, 3, 3, 3, 4]
+    assert window.tables["t"].parties.tolist() == [2, 0, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize(("rows", "ranges"), [(100_000, 1), (900_000, 2), (1_400_000, 2), (1_600_000, 4)])
+def test_eng_4_ranges_follow_the_groups(rows: int, ranges: int) -> None:
+    # Sixteen groups of each upload a range; two small uploads have one group each.
+    single = agreed(parties=["amber"])
+    assert prepare(single, {("amber", "t"): spread(rows)}).plan.ranges in (ranges, 2 * ranges)
+
+
+def test_eng_4_ranges_do_not_depend_on_the_order_of_arrival() -> None:
     tables = {(party, "t"): spread(200_000, seed) for seed, party in enumerate(PARTIES)}
     first = prepare(agreed(), tables).plan
     second = prepare(agreed(), dict(reversed(list(tables.items())))).plan
     assert first.cuts == second.cuts and first.bounds.tolist() == second.bounds.tolist()
 
 
-def test_a_unit_too_great_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eng_5_a_unit_too_great_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = np.full(60_000, 5, "<u8")
     run = run_of(amber=table(keys), birch=spread(5), cedar=spread(5))
     sources = [(part.source, part.admitted) for part in run.plan.tables["t"].inputs]
@@ -172,14 +188,14 @@ def test_a_unit_too_great_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert engine.plan(agreed(), sources[1:]).ranges == 1
 
 
-def test_a_state_too_great_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eng_5_a_state_too_great_for_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "STATE_BYTES", 64)
     with pytest.raises(RefusedError) as caught:
         run_of(amber=spread(5))
     assert caught.value.code == "memory"
 
 
-def test_a_unit_of_two_parties_matches_nothing_in_a_lookup() -> None:
+def test_eng_7_a_unit_of_two_parties_matches_nothing_in_a_lookup() -> None:
     column = Column("x", ColumnType.INT, False, 0, 9)
     keys = np.array([3, 5, 5, 8], "<u8")
     lookup = Lookup(Rows(keys, np.array([0, 0, 1, 1], "u1"), {1: np.array([1, 2, 3, 4])}), {1: column})
@@ -189,7 +205,7 @@ def test_a_unit_of_two_parties_matches_nothing_in_a_lookup() -> None:
     assert (found == lookup.none).tolist() == [True, False, False, True, False, True]
 
 
-def test_partials_of_another_plan_are_refused() -> None:
+def test_eng_12_partials_of_another_plan_are_refused() -> None:
     run = run_of(amber=spread(50), birch=spread(5), cedar=spread(5))
     (partial,) = run.partials()
     other = prepare(agreed(7), {("amber", "t"): spread(50)})
