@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from parley_protocol import cose
-from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.bundle import Bundle, BundledAgreement, BundledOutput
-from parley_protocol.encoding import sha384
 from parley_protocol.errors import RefusedError
-from parley_protocol.transcript import GENESIS, Join, Offer, Record, Roster, Upload
+from parley_protocol.transcript import GENESIS, Join, Offer, Record, Roster
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2 as epb
 from support.enclave import Host, Simulation
@@ -173,8 +171,7 @@ class Relay:
         signed = [epb.SignedRecord(cose=record, document=document) for record, document in chain]
         offered = host.want("offered", begin=epb.Begin(request=request or os.urandom(16), chain=signed))
         session = Offer.from_bytes(offered.offer).session
-        kept = self.sessions.setdefault(session, Kept(session, agreement, host, offered.offer))
-        return kept
+        return self.sessions.setdefault(session, Kept(session, agreement, host, offered.offer))
 
     def kept(self, session: bytes) -> Kept:
         """A session; RefusedError."""
