@@ -156,7 +156,8 @@ def table_of(agreement: Agreement) -> OutputTable:
 def world(head: bytes = GENESIS, sequence: int = 1, charged: int = 1, **session: Any) -> World:
     """Makes it all. `session` replaces fields of the agreement's session."""
     root = LocalRoot.create(NOW)
-    image = Measurement(*(image_measurements(None)[index] for index in range(3)))
+    measured = image_measurements(None)
+    image = Measurement(measured[0], measured[1], measured[2])
     members = identities(["ada", "bea", "cyd"])
     simulation = cast("Simulation", SimpleNamespace(root=root, measurement=image))
     agreement = agreement_of(simulation, members, analysts=["cyd"], **session)

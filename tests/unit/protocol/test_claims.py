@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from parley_protocol import claims, cose
 from parley_protocol.claims import PastOffer, VerifiedOffer, VerifiedRecord
 from parley_protocol.errors import MalformedError, VerificationError
-from parley_protocol.identity import PrivateIdentity
 from parley_protocol.shapes import Statement
 from parley_protocol.transcript import (
     AgreementSignature,
@@ -129,53 +128,70 @@ def upload(w: World, **changes: Any) -> bytes:
     return w.by("ada", made)
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"),
-    [
-        ("upl-1", {"agreement": OTHER}),
-        ("upl-2", {"table": "planes"}),
-        ("upl-2", {"party": "cyd"}),
-        ("upl-3", {"schema": OTHER}),
-        ("upl-4", {"groups": 9, "group_rows": 16384}),
-        ("upl-4", {"groups": 2}),
-        ("upl-5", {"party": "bea"}),
-    ],
-)
-def test_upl_1_to_upl_5(w: World, step: str, changes: dict[str, Any]) -> None:
+def refused_upload(w: World, step: str, **changes: Any) -> None:
     assert claims.verify_upload(upload(w), w.agreement).header.party == "ada"
     refused(step, lambda: claims.verify_upload(upload(w, **changes), w.agreement))
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"),
-    [
-        ("join-1", {"offer": OTHER}),
-        ("join-2", {"party": "cyd"}),
-        ("join-2", {"party": "eve"}),
-        ("join-3", {"uploads": (OTHER, bytes(48))}),
-        ("join-4", {"party": "bea"}),
-    ],
-)
-def test_join_1_to_join_4(w: World, step: str, changes: dict[str, Any]) -> None:
+def test_upl_1_an_upload_for_another_agreement(w: World) -> None:
+    refused_upload(w, "upl-1", agreement=OTHER)
+
+
+def test_upl_2_a_table_that_the_party_does_not_bring(w: World) -> None:
+    refused_upload(w, "upl-2", table="planes")
+    refused_upload(w, "upl-2", party="cyd")
+
+
+def test_upl_3_another_schema(w: World) -> None:
+    refused_upload(w, "upl-3", schema=OTHER)
+
+
+def test_upl_4_no_size_that_a_table_may_have(w: World) -> None:
+    refused_upload(w, "upl-4", groups=9, group_rows=16384)
+    refused_upload(w, "upl-4", groups=2)
+
+
+def test_upl_5_an_upload_by_another_key(w: World) -> None:
+    refused_upload(w, "upl-5", party="bea")
+
+
+def refused_join(w: World, step: str, **changes: Any) -> None:
     assert claims.verify_join(w.by("ada", w.joins["ada"]), w.paper.offer, w.agreement) == w.joins["ada"]
     signed = w.by("ada", replace(w.joins["ada"], **changes))
     refused(step, lambda: claims.verify_join(signed, w.paper.offer, w.agreement))
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"),
-    [
-        ("rcp-2", {"offer": OTHER}),
-        ("rcp-3", {"join": OTHER}),
-        ("rcp-3", {"uploads": (OTHER,)}),
-        ("rcp-3", {"party": "bea"}),
-    ],
-)
-def test_rcp_2_and_rcp_3(w: World, step: str, changes: dict[str, Any]) -> None:
+def test_join_1_a_join_of_another_session(w: World) -> None:
+    refused_join(w, "join-1", offer=OTHER)
+
+
+def test_join_2_a_join_by_nobody_who_brings_a_table(w: World) -> None:
+    refused_join(w, "join-2", party="cyd")
+    refused_join(w, "join-2", party="eve")
+
+
+def test_join_3_not_one_upload_for_each_table(w: World) -> None:
+    refused_join(w, "join-3", uploads=(OTHER, bytes(48)))
+
+
+def test_join_4_a_join_by_another_key(w: World) -> None:
+    refused_join(w, "join-4", party="bea")
+
+
+def refused_receipt(w: World, step: str, **changes: Any) -> None:
     good = w.paper.sign(w.receipt("ada"))
     assert claims.verify_receipt(good, w.paper.offer, w.joins["ada"]).party == "ada"
     signed = w.paper.sign(replace(w.receipt("ada"), **changes))
     refused(step, lambda: claims.verify_receipt(signed, w.paper.offer, w.joins["ada"]))
+
+
+def test_rcp_2_a_receipt_of_another_session(w: World) -> None:
+    refused_receipt(w, "rcp-2", offer=OTHER)
+
+
+def test_rcp_3_a_receipt_of_another_join(w: World) -> None:
+    for changes in ({"join": OTHER}, {"uploads": (OTHER,)}, {"party": "bea"}):
+        refused_receipt(w, "rcp-3", **changes)
 
 
 def test_rcp_1_a_receipt_by_another_key(w: World) -> None:
@@ -183,12 +199,23 @@ def test_rcp_1_a_receipt_by_another_key(w: World) -> None:
     refused("rcp-1", lambda: claims.verify_receipt(signed, w.paper.offer, w.joins["ada"]))
 
 
-def test_sta_1_to_sta_3_who_may_start(w: World) -> None:
+def refused_start(w: World, step: str, by: str, **changes: Any) -> None:
     good = Start(w.paper.offer.digest, "ada")
     assert claims.verify_start(w.by("ada", good), w.paper.offer, w.agreement) == good
-    refused("sta-1", lambda: claims.verify_start(w.by("ada", replace(good, offer=OTHER)), w.paper.offer, w.agreement))
-    refused("sta-2", lambda: claims.verify_start(w.by("bea", replace(good, member="bea")), w.paper.offer, w.agreement))
-    refused("sta-3", lambda: claims.verify_start(w.by("bea", good), w.paper.offer, w.agreement))
+    signed = w.by(by, replace(good, **changes))
+    refused(step, lambda: claims.verify_start(signed, w.paper.offer, w.agreement))
+
+
+def test_sta_1_a_start_of_another_session(w: World) -> None:
+    refused_start(w, "sta-1", "ada", offer=OTHER)
+
+
+def test_sta_2_a_start_by_a_member_who_may_not(w: World) -> None:
+    refused_start(w, "sta-2", "bea", member="bea")
+
+
+def test_sta_3_a_start_by_another_key(w: World) -> None:
+    refused_start(w, "sta-3", "bea")
 
 
 def verify_roster(w: World, roster: Roster, *, fix: bool = True) -> Roster:
@@ -225,28 +252,51 @@ def test_ros_5_a_wrong_digest_of_the_inputs(w: World) -> None:
     refused("ros-5", lambda: verify_roster(w, replace(w.roster, inputs_digest=OTHER), fix=False))
 
 
-def test_cos_1_to_cos_5_consent_to_a_roster(w: World) -> None:
+def refused_consent(w: World, step: str, by: str, statement: Statement) -> None:
     good = w.consent("ada")
-
-    def check(by: str, statement: Statement) -> object:
-        return claims.verify_countersignature(w.by(by, statement), w.roster, w.agreement)
-
-    assert check("ada", good) == good
-    refused("cos-1", lambda: check("ada", replace(good, roster=OTHER)))
-    refused("cos-2", lambda: check("cyd", replace(good, party="cyd")))
-    refused("cos-3", lambda: check("bea", good))
-    refused("cos-4", lambda: check("ada", replace(good, one_time_signature=bytes(64))))
-    refused("cos-4", lambda: check("ada", replace(good, former=(OTHER,))))
-    refused("cos-5", lambda: check("ada", w.consent("ada", former=(OTHER, OTHER))))
-    refused("cos-5", lambda: check("ada", w.consent("ada", former=(w.roster.digest,))))
+    assert claims.verify_countersignature(w.by("ada", good), w.roster, w.agreement) == good
+    refused(step, lambda: claims.verify_countersignature(w.by(by, statement), w.roster, w.agreement))
 
 
-def test_ref_1_to_ref_3_refusal_of_a_roster(w: World) -> None:
+def test_cos_1_consent_to_another_roster(w: World) -> None:
+    refused_consent(w, "cos-1", "ada", replace(w.consent("ada"), roster=OTHER))
+
+
+def test_cos_2_consent_of_a_member_that_is_not_in_the_roster(w: World) -> None:
+    refused_consent(w, "cos-2", "cyd", replace(w.consent("ada"), party="cyd"))
+
+
+def test_cos_3_consent_by_another_key(w: World) -> None:
+    refused_consent(w, "cos-3", "bea", w.consent("ada"))
+
+
+def test_cos_4_consent_without_the_one_time_key(w: World) -> None:
+    refused_consent(w, "cos-4", "ada", replace(w.consent("ada"), one_time_signature=bytes(64)))
+    refused_consent(w, "cos-4", "ada", replace(w.consent("ada"), former=(OTHER,)))
+
+
+def test_cos_5_a_former_roster_twice_or_this_one(w: World) -> None:
+    refused_consent(w, "cos-5", "ada", w.consent("ada", former=(OTHER, OTHER)))
+    refused_consent(w, "cos-5", "ada", w.consent("ada", former=(w.roster.digest,)))
+
+
+def refused_refusal(w: World, step: str, by: str, **changes: Any) -> None:
     good = Refusal(w.roster.digest, "ada")
     assert claims.verify_refusal(w.by("ada", good), w.roster, w.agreement) == good
-    refused("ref-1", lambda: claims.verify_refusal(w.by("ada", replace(good, roster=OTHER)), w.roster, w.agreement))
-    refused("ref-2", lambda: claims.verify_refusal(w.by("cyd", replace(good, party="cyd")), w.roster, w.agreement))
-    refused("ref-3", lambda: claims.verify_refusal(w.by("bea", good), w.roster, w.agreement))
+    signed = w.by(by, replace(good, **changes))
+    refused(step, lambda: claims.verify_refusal(signed, w.roster, w.agreement))
+
+
+def test_ref_1_a_refusal_of_another_roster(w: World) -> None:
+    refused_refusal(w, "ref-1", "ada", roster=OTHER)
+
+
+def test_ref_2_a_refusal_by_a_member_that_is_not_in_the_roster(w: World) -> None:
+    refused_refusal(w, "ref-2", "cyd", party="cyd")
+
+
+def test_ref_3_a_refusal_by_another_key(w: World) -> None:
+    refused_refusal(w, "ref-3", "bea")
 
 
 def record(w: World, by: Ed25519PrivateKey | None = None, **changes: Any) -> tuple[bytes, bytes]:
@@ -256,21 +306,36 @@ def record(w: World, by: Ed25519PrivateKey | None = None, **changes: Any) -> tup
     return cose.sign(made.to_bytes(), by or w.paper.key), document
 
 
-def test_rec_1_to_rec_5_a_record_and_its_document(w: World) -> None:
-    def check(signed: bytes, document: bytes) -> VerifiedRecord:
-        return claims.verify_record(signed, document, w.agreement, now_ms=NOW + 10**10)
+def verify_record(w: World, signed: bytes, document: bytes) -> VerifiedRecord:
+    return claims.verify_record(signed, document, w.agreement, now_ms=NOW + 10**10)
 
-    good, document = record(w)
-    assert check(good, document).record.body.sequence == 1
-    refused("rec-1", lambda: check(*record(w, agreement=OTHER)))
-    refused("rec-3", lambda: check(*record(w, by=Ed25519PrivateKey.generate())))
-    output = w.record.body.outputs[0]
-    refused("rec-4", lambda: check(*record(w, outputs=(replace(output, recipients=("ada",)),))))
-    refused("rec-4", lambda: check(*record(w, outputs=(replace(output, output="other"),))))
-    refused("rec-5", lambda: check(*record(w, charged=5)))
-    other = record(w, sequence=2)[1]
+
+def refused_record(w: World, step: str, by: Ed25519PrivateKey | None = None, **changes: Any) -> None:
+    assert verify_record(w, *record(w)).record.body.sequence == 1
+    refused(step, lambda: verify_record(w, *record(w, by, **changes)))
+
+
+def test_rec_1_a_record_of_another_agreement(w: World) -> None:
+    refused_record(w, "rec-1", agreement=OTHER)
+
+
+def test_rec_2_a_document_of_another_record(w: World) -> None:
     with pytest.raises(VerificationError, match="att-"):
-        check(good, other)
+        verify_record(w, record(w)[0], record(w, sequence=2)[1])
+
+
+def test_rec_3_a_record_by_another_key(w: World) -> None:
+    refused_record(w, "rec-3", Ed25519PrivateKey.generate())
+
+
+def test_rec_4_other_outputs_or_recipients(w: World) -> None:
+    output = w.record.body.outputs[0]
+    refused_record(w, "rec-4", outputs=(replace(output, recipients=("ada",)),))
+    refused_record(w, "rec-4", outputs=(replace(output, output="other"),))
+
+
+def test_rec_5_more_releases_than_agreed(w: World) -> None:
+    refused_record(w, "rec-5", charged=5)
 
 
 def test_rec_2_a_document_without_a_session_key(w: World) -> None:
@@ -278,23 +343,36 @@ def test_rec_2_a_document_without_a_session_key(w: World) -> None:
     refused("rec-2", lambda: claims.verify_record(w.paper.sign(w.record), document, w.agreement, now_ms=NOW + 9))
 
 
-def test_rec_6_and_rec_7_a_record_of_its_roster(w: World) -> None:
+def test_rec_6_a_record_of_another_session_or_roster(w: World) -> None:
     claims.verify_record_of_roster(w.record, w.paper.offer, w.roster)
     for changes in ({"session": bytes(16)}, {"offer": OTHER}, {"roster": OTHER}):
         bad: Record = replace(w.record, **changes)  # type: ignore[arg-type]
         refused("rec-6", lambda bad=bad: claims.verify_record_of_roster(bad, w.paper.offer, w.roster))  # type: ignore[misc]
-    for body in ({"inputs": w.record.body.inputs[:1]}, {"previous": OTHER}):
-        bad = replace(w.record, body_bytes=replace(w.record.body, **body).to_bytes())  # type: ignore[arg-type]
+
+
+def test_rec_7_a_record_of_other_inputs_or_another_head(w: World) -> None:
+    for changes in ({"inputs": w.record.body.inputs[:1]}, {"previous": OTHER}):
+        bad = replace(w.record, body_bytes=replace(w.record.body, **changes).to_bytes())  # type: ignore[arg-type]
         refused("rec-7", lambda bad=bad: claims.verify_record_of_roster(bad, w.paper.offer, w.roster))  # type: ignore[misc]
 
 
-def test_cal_1_to_cal_3_who_calls(w: World) -> None:
-    identity: PrivateIdentity = w.members["ada"]
-    good = Caller(identity.public.signing, OTHER, NOW + 60_000)
+def refused_caller(
+    w: World, step: str, by: str = "ada", server: bytes = OTHER, now_ms: int = NOW, **changes: Any
+) -> None:
+    good = Caller(w.members["ada"].public.signing, OTHER, NOW + 60_000)
     assert claims.verify_caller(w.by("ada", good), OTHER, now_ms=NOW) == good
-    refused("cal-1", lambda: claims.verify_caller(w.by("bea", good), OTHER, now_ms=NOW))
-    refused("cal-2", lambda: claims.verify_caller(w.by("ada", good), bytes(48), now_ms=NOW))
-    refused("cal-3", lambda: claims.verify_caller(w.by("ada", good), OTHER, now_ms=NOW + 60_000))
-    refused(
-        "cal-3", lambda: claims.verify_caller(w.by("ada", replace(good, expires_at=NOW + 10**6)), OTHER, now_ms=NOW)
-    )
+    signed = w.by(by, replace(good, **changes))
+    refused(step, lambda: claims.verify_caller(signed, server, now_ms=now_ms))
+
+
+def test_cal_1_a_caller_with_another_key(w: World) -> None:
+    refused_caller(w, "cal-1", "bea")
+
+
+def test_cal_2_a_caller_of_another_server(w: World) -> None:
+    refused_caller(w, "cal-2", server=bytes(48))
+
+
+def test_cal_3_an_expired_statement_or_one_that_lives_too_long(w: World) -> None:
+    refused_caller(w, "cal-3", now_ms=NOW + 60_000)
+    refused_caller(w, "cal-3", expires_at=NOW + 10**6)
