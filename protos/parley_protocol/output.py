@@ -1,6 +1,6 @@
 """The canonical plaintext of an output: a table of cells in which hidden values say that they are hidden (SPEC, "Outputs").
 
-One row stands for every combination of the declared values of the `by` columns, in the agreement's order; an empty cell
+out-1: one row stands for every combination of the declared values of the `by` columns, in the agreement's order; an empty cell
 and a hidden one look the same. Reasons are totals for the whole output, since a reason per cell would narrow its value.
 """
 
@@ -139,5 +139,6 @@ class OutputTable(Statement):
         rules = [reason.rule for reason in self.reasons]
         if rules != sorted(set(rules)):
             raise MalformedError("OutputTable.reasons: not sorted, or twice the same")
+        # out-2
         if sum(reason.values for reason in self.reasons) != sum(column.hidden for column in self.columns):
             raise MalformedError("OutputTable.reasons: they do not add up to the hidden values")

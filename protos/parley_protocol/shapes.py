@@ -145,7 +145,7 @@ class Statement:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The statement in `data`; MalformedError for anything else."""
+        """The statement in `data`; MalformedError for anything else (stm-1)."""
         value = decode(data, limit=cls.LIMIT)
         if type(value) is not list or not value or value[0] != cls.LABEL:
             raise MalformedError(f"not a statement with the label {cls.LABEL}")

@@ -30,7 +30,7 @@ _NONCE = struct.Struct(">IQ")
 
 
 def bucket(rows: int) -> tuple[int, int]:
-    """(groups, rows per group) of a table: all that the host learns of its size.
+    """(groups, rows per group) of a table: all that the host learns of its size (tab-1, tab-2).
 
     Small tables are one group of 1,024, 4,096 or 16,384 rows; larger ones quarter steps of a power of two of full groups.
     """
@@ -55,13 +55,13 @@ def is_bucket(groups: int, group_rows: int) -> bool:
 
 
 def frame_nonce(column: int, group: int) -> bytes:
-    """The AES-GCM nonce of a frame: unique under an upload's frame key, since a sealed frame is never sealed again."""
+    """The AES-GCM nonce of a frame (tab-5): unique under an upload's frame key, since nothing is sealed twice (tab-8)."""
     return _NONCE.pack(column, group)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the frames of a blob stand. `widths`: bytes per value of each column, the unit key first."""
+    """Where the frames of a blob stand (tab-7). `widths`: bytes per value of each column, the unit key first."""
 
     groups: int
     group_rows: int

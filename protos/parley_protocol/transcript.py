@@ -129,7 +129,7 @@ class Join(Statement):
 
 @dataclass(frozen=True, slots=True)
 class Receipt(Statement):
-    """The enclave's acknowledgement that it admitted a join. It holds no row count, since the host reads it."""
+    """The enclave's acknowledgement that it admitted a join. It holds no row count, since the host reads it (stm-2)."""
 
     LABEL: ClassVar[str] = "parley/1/receipt"
     SHAPES: ClassVar[tuple[Shape, ...]] = (_DIGEST, _NAME, _DIGESTS, _DIGEST, Uint())

@@ -152,7 +152,7 @@ def compare(found: Case, threads: int, runs: int = 5) -> tuple[float, float, flo
     global _CASE
     _CASE = found
     pool = ProcessPoolExecutor(threads, get_context("fork")) if threads > 1 else None
-    works = [partial(ours, found, pool), with_duckdb(found, threads), with_polars(found)]
+    works: list[Callable[[], object]] = [partial(ours, found, pool), with_duckdb(found, threads), with_polars(found)]
     for work in works:
         work()
     taken = [[seconds(work) for work in works] for _ in range(runs)]

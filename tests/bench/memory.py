@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from figures import Figure
+
 from support.enclave import Rows, Run, Simulation, agreement_of, identities, released
 
 PARTIES = (17, 50)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 from figures import Figure, paired
+
 from parley.disk import Vault
 from parley.reading import prepare
 from parley.sealing import seal

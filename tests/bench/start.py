@@ -17,7 +17,7 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def figures(rows: list[int]) -> list[Figure]:  # noqa: ARG001 - the demos have rows of their own
+def figures(rows: list[int]) -> list[Figure]:
     """Seconds of whole processes; `--help` beside an interpreter that does nothing."""
     for command in ([PARLEY, "--help"], [sys.executable, "-c", ""]):
         run(*command)

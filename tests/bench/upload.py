@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpc
 from figures import Figure, paired
+
 from parley.transport import Transport
 from parley_protocol import limits
 from parley_protocol.agreement.signed import sign

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP384R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA384
 from figures import Figure, seconds
+
 from parley_protocol.attestation.verify import verify_live
 from support import documents
 
@@ -12,7 +13,7 @@ CALLS = 20
 ROUNDS = 15
 
 
-def figures(rows: list[int]) -> list[Figure]:  # noqa: ARG001 - a document has no rows
+def figures(rows: list[int]) -> list[Figure]:
     """One row: milliseconds a document, the least of interleaved rounds, since noise only ever adds."""
     document, policy = documents.document(), documents.policy()
     key = generate_private_key(SECP384R1())

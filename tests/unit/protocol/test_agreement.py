@@ -170,6 +170,7 @@ def test_a_file_that_is_no_signed_agreement_is_refused() -> None:
 
 def test_a_program_cannot_make_what_a_file_may_not_say() -> None:
     pay = agreement("pay")
+    change: dict[str, Any]
     for change in (
         {"measurements": ()},
         {"rules": (Rules(None, 1, 3),)},

@@ -79,12 +79,21 @@ def test_chn_1_a_record_of_another_series_or_an_older_version(w: World) -> None:
     assert caught.value.step == "chn-1"
 
 
-@pytest.mark.parametrize(
-    ("step", "head", "sequence", "charged"),
-    [("chn-2", GENESIS, 2, 2), ("chn-3", None, 3, 2), ("chn-3", None, 1, 2), ("chn-4", None, 2, 1)],
-)
-def test_chn_2_to_chn_4(w: World, step: str, head: bytes | None, sequence: int, charged: int) -> None:
-    second = release(w.agreement, w.root, w.members, w.record.head if head is None else head, sequence, charged)
+def refused_second(w: World, step: str, head: bytes, sequence: int, charged: int) -> None:
+    second = release(w.agreement, w.root, w.members, head, sequence, charged)
     with pytest.raises(VerificationError) as caught:
         chain.verify_chain([pair(w), pair(second)], [w.agreement], now_ms=NOW + 9)
     assert caught.value.step == step
+
+
+def test_chn_2_a_record_that_does_not_follow_the_head(w: World) -> None:
+    refused_second(w, "chn-2", GENESIS, 2, 2)
+
+
+def test_chn_3_a_wrong_sequence_number(w: World) -> None:
+    refused_second(w, "chn-3", w.record.head, 3, 2)
+    refused_second(w, "chn-3", w.record.head, 1, 2)
+
+
+def test_chn_4_a_record_that_charges_nothing(w: World) -> None:
+    refused_second(w, "chn-4", w.record.head, 2, 1)

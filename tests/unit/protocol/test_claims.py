@@ -114,11 +114,12 @@ def test_off_6_another_head_than_the_clients(w: World) -> None:
 def test_a_past_offer_cannot_stand_for_a_live_one(w: World) -> None:
     past = claims.verify_past_offer(w.agreement, w.paper.offer.to_bytes(), w.paper.attest(), now_ms=NOW + 10**10)
     assert not isinstance(past, VerifiedOffer)
-    for kind, fields in (
+    cases: tuple[tuple[Any, tuple[Any, ...]], ...] = (
         (VerifiedOffer, (w.agreement, w.paper.offer, w.paper.offer.digest, past.document)),
         (PastOffer, (w.agreement, w.paper.offer, w.paper.offer.digest, past.document)),
         (VerifiedRecord, (w.record, past.document)),
-    ):
+    )
+    for kind, fields in cases:
         with pytest.raises(TypeError):
             kind(*fields, object())  # type: ignore[operator]
 
