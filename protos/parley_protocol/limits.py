@@ -193,8 +193,10 @@ WINDOW_ROWS: Final = 1 << 17
 """Rows that a window of the scan aims at: arrays that stay in a core's cache, operations that outweigh their calls."""
 WINDOW_BYTES: Final = 160 << 20
 """Estimated memory of one window in one worker; a computation that needs more is refused before it begins."""
-STATE_BYTES: Final = 256 << 20
+STATE_BYTES: Final = 128 << 20
 """State of all outputs of one range: cells x parties x rules; a computation that needs more is refused."""
+PARTIALS_BYTES: Final = 256 << 20
+"""States of all ranges together, which the main process holds until it has merged them."""
 RANGES: Final = 64
 """Key ranges of a scan: at most so many workers share it."""
 RANGE_GROUPS: Final = 16

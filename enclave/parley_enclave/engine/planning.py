@@ -83,12 +83,13 @@ def plan(agreement: Agreement, sources: Sequence[tuple[Source, Admitted]]) -> Pl
     outputs = tuple(
         KINDS[output.kind](agreement, output, len(tables[output.table].inputs)) for output in agreement.outputs.values()
     )
-    if sum(output.state_bytes for output in outputs) > limits.STATE_BYTES:
+    state = sum(output.state_bytes for output in outputs)
+    if state > limits.STATE_BYTES:
         raise RefusedError("memory")  # eng-5
     inputs = [each for table in tables.values() for each in table.inputs]
     bounds = _bounds(inputs)
     _fits(tables, bounds)
-    return Plan(agreement, tables, outputs, bounds, _cuts(len(bounds) - 1, inputs))
+    return Plan(agreement, tables, outputs, bounds, _cuts(len(bounds) - 1, inputs, state))
 
 
 def _bounds(inputs: Sequence[Input]) -> Keys:
@@ -106,10 +107,11 @@ def _bounds(inputs: Sequence[Input]) -> Keys:
     return np.unique(np.concatenate((inner, ends)))
 
 
-def _cuts(windows: int, inputs: Sequence[Input]) -> tuple[int, ...]:
-    """Where ranges begin and end (eng-4): long enough that what two of them read twice is little."""
+def _cuts(windows: int, inputs: Sequence[Input], state: int) -> tuple[int, ...]:
+    """Where ranges begin and end (eng-4): so long that what two of them read twice is little, so few that their states of
+    `state` bytes fit the process that merges them."""
     groups = sum(len(each.index.last) for each in inputs)
-    wanted = groups // max(1, limits.RANGE_GROUPS * len(inputs))
+    wanted = min(groups // max(1, limits.RANGE_GROUPS * len(inputs)), limits.PARTIALS_BYTES // max(1, state))
     ranges = min(limits.RANGES, windows, 1 << max(0, wanted.bit_length() - 1))
     return tuple(windows * number // ranges for number in range(ranges + 1))
 

@@ -135,7 +135,7 @@ def test_eng_8_conditions(where: str | None, sql: str | None) -> None:
     check(agreement(output | ({"where": where} if where else {})), data(3, 400, 200, joined=False), sql)
 
 
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"everyone": {"min_units": 2, "min_parties": 1, "coalition": 0}},
     {"everyone": {"min_units": 10, "min_parties": 2, "coalition": 1}},
     {"everyone": {"min_units": 4, "min_parties": 3, "coalition": 1}},
@@ -160,7 +160,7 @@ RULES = [
     rules=st.sampled_from(RULES),
     window=st.sampled_from([1, 16, 1 << 17]),
 )
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_dis_1_random_tables(
     seed: int, rows: int, units: int, join: str | None, by: Any, rules: Any, window: int
 ) -> None:
@@ -293,11 +293,7 @@ def test_eng_9_bins_nulls_and_the_order_of_cells() -> None:
     keys = np.arange(1, 25, dtype="<u8")
     (table,) = compute(agreed, {("amber", "t"): (keys, [opens, ages])}).values()
     assert table.columns[0].cells == ("false",) * 4 + ("true",) * 4 + (None,) * 4
-    assert (
-        table.columns[1].cells[:4] == ("before 10", "10 to 19", "20 and later", None)
-        or len(table.columns[1].cells) == 12
-    )
-    assert table.columns[1].cells[3] is None and table.columns[1].cells[:4] * 3 == table.columns[1].cells
+    assert table.columns[1].cells == ("before 10", "10 to 19", "20 and later", None) * 3
     assert table.columns[2].cells == (2,) * 12
 
 
@@ -328,7 +324,7 @@ def test_eng_13_decimal_text(scaled: int, scale: int, text: str) -> None:
 
 
 def test_dis_8_reasons_add_up_to_what_is_hidden() -> None:
-    table = compute(agreement({"by": {"kind": "kind"}, "values": ALL_VALUES}, RULES[2]), data(6, 60, 30, joined=False))[
+    table = compute(agreement({"by": {"kind": "kind"}, "values": ALL_VALUES}, RULES[2]), data(6, 20, 12, joined=False))[
         "out"
     ]
     hidden = sum(column.hidden for column in table.columns)
