@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import grpc
 from figures import Figure, paired
@@ -41,7 +42,7 @@ def serve(certificate: Path, key: Path, folder: Path) -> None:
             os.fdatasync(file.fileno())
         return b"done"
 
-    handlers = {"Take": grpc.stream_unary_rpc_method_handler(take)}
+    handlers: dict[str, Any] = {"Take": grpc.stream_unary_rpc_method_handler(take)}
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", limits.RPC_BYTES)])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Bare", handlers),))
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
@@ -59,7 +60,8 @@ def send(channel: grpc.Channel, blob: Path) -> None:
             while data := file.read(limits.CHUNK_BYTES):
                 yield data
 
-    channel.stream_unary(METHOD)(pieces(), timeout=600)
+    call: Any = channel.stream_unary(METHOD)
+    call(pieces(), timeout=600)
 
 
 def upload_of(made: World, blob: Path, rows: int) -> Upload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -243,8 +244,8 @@ FRAME = pd.DataFrame(
         "score": [1.5, None, 2.0],
         "member": pd.array([True, None, False], dtype="boolean"),
         "rank": pd.Categorical(["full", None, "NA"]),
-        "born": pd.to_datetime(["1970-01-02", None, "1970-01-01"]),
-        "seen": pd.to_datetime(["1970-01-01T00:00:01.5", None, "1970-01-01"], format="ISO8601"),
+        "born": pd.to_datetime(pd.Series(["1970-01-02", None, "1970-01-01"])),
+        "seen": pd.to_datetime(pd.Series(["1970-01-01T00:00:01.5", None, "1970-01-01"]), format="ISO8601"),
         "more": [1, 2, 3],
     }
 )
@@ -301,7 +302,7 @@ def test_frames_and_typed_files(tmp_path: Path, kind: str) -> None:
         ("age", [[1, 2]], "an? int cannot come from"),
     ],
 )
-def test_frames_that_are_not_as_agreed(column: str, values: list[object], message: str) -> None:
+def test_frames_that_are_not_as_agreed(column: str, values: list[Any], message: str) -> None:
     frame = pd.DataFrame({"id": ["x"], **{c.name: pd.array([None], dtype="string") for c in TABLE.columns}})
     frame[column] = values
     with pytest.raises(DataError, match=message) as caught:

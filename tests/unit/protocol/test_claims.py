@@ -121,7 +121,7 @@ def test_a_past_offer_cannot_stand_for_a_live_one(w: World) -> None:
     )
     for kind, fields in cases:
         with pytest.raises(TypeError):
-            kind(*fields, object())  # type: ignore[operator]
+            kind(*fields, object())
 
 
 def upload(w: World, **changes: Any) -> bytes:

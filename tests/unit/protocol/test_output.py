@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_out_2_a_table_that_contradicts_itself_is_refused(bad: OutputTable) -> N
 
 
 @pytest.mark.parametrize("cell", [math.nan, math.inf, -1, b"12345678", True])
-def test_out_1_a_cell_that_is_none_is_refused(cell: object) -> None:
+def test_out_1_a_cell_that_is_none_is_refused(cell: Any) -> None:
     column = dataclasses.replace(TABLE.columns[1], cells=(cell, None, None))
     with pytest.raises(MalformedError):
         dataclasses.replace(TABLE, columns=(TABLE.columns[0], column, *TABLE.columns[2:])).to_bytes()
