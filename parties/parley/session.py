@@ -8,6 +8,7 @@ inputs, unless it is told to by hand (REVIEW F2, F3, F7).
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from parley_protocol.agreement.model import Agreement
 from parley_protocol.chain import ChainState, verify_chain
 from parley_protocol.claims import VerifiedOffer, needs_countersignatures, verify_offer, verify_receipt, verify_roster
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import DataError, MalformedError, RefusedError, StateError
+from parley_protocol.errors import DataError, MalformedError, ParleyError, RefusedError, StateError
 from parley_protocol.transcript import (
     Countersignature,
     Join,
@@ -45,6 +46,7 @@ from parley_protocol.transcript import (
 if TYPE_CHECKING:
     from parley.connection import Connection
     from parley.reading import PreparedTable, Source
+    from parley.transport import Transport
 
 Progress = Callable[[str, int, int], None]
 """Called with a step's name (verify, read, sort, seal, upload, join, wait, compute, fetch), done and total."""
@@ -52,6 +54,8 @@ Progress = Callable[[str, int, int], None]
 NOISE_SHARE: Final = b"parley/1/noise-share"
 _WAKE_S: Final = 10.0
 """Without an event, a waiting client asks so often."""
+_BURST_S: Final = 0.1
+"""How long a waiting client lets events gather before it asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,49 @@ class _Verified:
     offer: VerifiedOffer
     document: bytes
     chain: ChainState
+
+
+class _Bell:
+    """Rings when something happens in a session: one stream of events in a thread, for as long as somebody waits."""
+
+    def __init__(self, transport: Transport, session: bytes) -> None:
+        self._transport = transport
+        self._session = session
+        self._rung = threading.Event()
+        self._ended = threading.Event()
+        self._error: ParleyError | None = None
+
+    def __enter__(self) -> _Bell:
+        threading.Thread(target=self._listen, name="parley-events", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def wait(self, seconds: float) -> None:
+        """Returns at the next ring, or after `seconds`; raises what ended the stream."""
+        if self._rung.wait(seconds) and self._error is None:
+            # What happens in a burst, as many parties join, is looked at once.
+            time.sleep(_BURST_S)
+        self._rung.clear()
+        if self._error is not None:
+            raise self._error
+
+    def _listen(self) -> None:
+        after = 0
+        while not self._ended.is_set():
+            try:
+                for event in self._transport.events(after, self._session, _WAKE_S):
+                    after = int(event.number)
+                    self._rung.set()
+                    if self._ended.is_set():
+                        return
+            except ParleyError as error:
+                self._error = error
+                self._rung.set()
+                return
+            self._rung.set()
+            self._ended.wait(_BURST_S)
 
 
 class Session:
@@ -471,11 +518,20 @@ class Session:
         """
         sign = self._sign if sign is None else sign
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        after = 0
+        with _Bell(self._transport, self.id) as bell:
+            return self._wait(progress, sign, end, seen or (lambda _status: None), bell)
+
+    def _wait(
+        self,
+        progress: Progress | None,
+        sign: bool,
+        end: float | None,
+        seen: Callable[[SessionStatus], None],
+        bell: _Bell,
+    ) -> SessionStatus:
         while True:
             status = self.status()
-            if seen is not None:
-                seen(status)
+            seen(status)
             if status.phase == "released":
                 return status
             if status.phase == "lost":
@@ -494,7 +550,7 @@ class Session:
             left = _WAKE_S if end is None else min(_WAKE_S, end - time.monotonic())
             if left <= 0:
                 return status
-            after = self._next_event(after, left)
+            bell.wait(left)
 
     def _act(self, status: SessionStatus, sign: bool) -> bool:
         """Does what this member owes; whether it did something."""
@@ -513,12 +569,6 @@ class Session:
                     raise
             return True
         return False
-
-    def _next_event(self, after: int, seconds: float) -> int:
-        """The number of the newest event of this session, once there is one beyond `after` or the time is over."""
-        events = self._transport.events(after, self.id, seconds)
-        first = next(iter(events), None)
-        return after if first is None else int(first.number)
 
     # The release
 
