@@ -58,29 +58,42 @@ class Contacts:
 
     def put(self, name: str, public: PublicIdentity) -> Contact:
         """Adds a key under a name; StateError where the name stands for another key already. One's own key is left out."""
-        if public == self._own:
-            return Contact(name, public, True)
+        return self.put_all({name: public})[0]
+
+    def put_all(self, keys: Mapping[str, PublicIdentity]) -> tuple[Contact, ...]:
+        """`put` for each of `keys`: all of them, or none where one is refused."""
+        found = []
         with self._changing() as entries:
-            known = entries.get(name)
-            if known is not None and known["public"] != public.to_bytes().hex():
-                raise StateError(
-                    f"{name} is known with another key; remove that contact first if its owner has a new one"
-                )
-            entry = known or {"public": public.to_bytes().hex(), "confirmed": False}
-            entries[name] = entry
-        return Contact(name, public, entry["confirmed"] is True)
+            for name, public in keys.items():
+                if public == self._own:
+                    found.append(Contact(name, public, True))
+                    continue
+                text = public.to_bytes().hex()
+                entry = entries.setdefault(name, {"public": text, "confirmed": False})
+                if entry["public"] != text:
+                    raise StateError(
+                        f"{name} is known with another key; remove that contact first if its owner has a new one"
+                    )
+                found.append(Contact(name, public, entry["confirmed"] is True))
+        return tuple(found)
 
     def confirm(self, name: str, fingerprint: str) -> Contact:
         """Notes that `fingerprint` was compared with its owner; StateError where it is not the one of this contact."""
-        contact = self.get(name)
-        if _digits(fingerprint) != _digits(contact.fingerprint):
-            raise StateError(f"the fingerprint of {name} is {contact.fingerprint}, not the one that you were told")
+        return self.confirm_all({name: fingerprint})[0]
+
+    def confirm_all(self, fingerprints: Mapping[str, str]) -> tuple[Contact, ...]:
+        """`confirm` for each of `fingerprints`: all of them, or none where one is refused."""
+        found = []
         with self._changing() as entries:
-            entry = entries.get(name)
-            if entry is None or entry["public"] != contact.public.to_bytes().hex():
-                raise StateError(f"the contact {name} was changed meanwhile")
-            entry["confirmed"] = True
-        return Contact(name, contact.public, True)
+            for name, fingerprint in fingerprints.items():
+                contact = self.get(name)
+                if _digits(fingerprint) != _digits(contact.fingerprint):
+                    raise StateError(
+                        f"the fingerprint of {name} is {contact.fingerprint}, not the one that you were told"
+                    )
+                entries[name]["confirmed"] = True
+                found.append(Contact(name, contact.public, True))
+        return tuple(found)
 
     def remove(self, name: str) -> None:
         """Forgets a contact."""
