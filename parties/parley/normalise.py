@@ -1,4 +1,4 @@
-"""Identifiers to unit keys, as SQL for the vectorised engine (SPEC, "Unit keys").
+"""Identifiers to unit keys, as SQL for the vectorised engine (tab-4).
 
 An identifier is normalised, salted and hashed; the first 8 bytes of the SHA-256, little-endian, are its key. This gives a
 fixed width, not secrecy: whoever knows the agreement can test a guess.

@@ -1,4 +1,4 @@
-"""Tables and columns of an agreement, and how their values stand in memory and in a sealed table.
+"""Tables and columns of an agreement, and how their values stand in memory and in a sealed table (tab-3).
 
 Every value of a column is of a fixed width, so that the enclave's parser of hostile input is one call. Bounds and edges are
 kept as *physical* values: what stands in the sealed table (decimals scaled, dates in days, timestamps in microseconds).

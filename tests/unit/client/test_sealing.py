@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from parley import reading
 from parley.sealing import seal
 from parley.spool import content_key, spooled
 from parley_protocol import table
@@ -18,8 +19,7 @@ from parley_protocol.claims import verify_upload
 from parley_protocol.errors import DataError, StateError
 from parley_protocol.transcript import Upload, frame_key, key_commitment
 from support.client import frame_of
-from support.paperwire import Desk
-from test_session_rules import session_of
+from support.paperwire import Desk, session_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def desk(tmp_path: Path) -> Desk:
 @pytest.mark.parametrize(
     ("rows", "groups", "group_rows"), [(3, 1, 1024), (1024, 1, 1024), (1025, 1, 4096), (40_000, 3, 16384)]
 )
-def test_a_blob_holds_what_the_table_holds(desk: Desk, rows: int, groups: int, group_rows: int) -> None:
+def test_tab_3_a_blob_holds_what_the_table_holds(desk: Desk, rows: int, groups: int, group_rows: int) -> None:
     session = session_of(desk, "ada", desk.wire.open())
     frame = frame_of(1, rows, people=rows)
     (sealed,) = session.seal({"visits": frame})
@@ -75,7 +75,7 @@ def test_a_blob_holds_what_the_table_holds(desk: Desk, rows: int, groups: int, g
     assert sealed.units == len(np.unique(keys[:rows]))
 
 
-def test_nothing_is_sealed_twice_and_a_changed_file_gets_a_new_key(desk: Desk, tmp_path: Path) -> None:
+def test_tab_8_nothing_is_sealed_twice_and_a_changed_file_gets_a_new_key(desk: Desk, tmp_path: Path) -> None:
     opened = desk.wire.open()
     path = tmp_path / "visits.csv"
     frame_of(1).to_csv(path, index=False)
@@ -99,8 +99,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     path = tmp_path / "visits.csv"
     frame_of(1).to_csv(path, index=False)
-    from parley import reading
-
     honest = reading.prepare
 
     def prepare(*arguments: Any, **options: Any) -> Any:
