@@ -210,6 +210,11 @@ class Aggregate:
         if output.where is not None:
             true = holds(output.where, every, len(rows))
             kept = true if kept is None else kept & true
+        for grouping in output.by:
+            if grouping.ref.nullable and not _has_null(grouping):
+                # The agreement gives null no cell, since its condition keeps none; one that came would be in no cell.
+                valued = np.logical_not(is_null(grouping.ref.column, every(grouping.ref)))
+                kept = valued if kept is None else kept & valued
         keys, parties = rows.keys, rows.parties
         chosen = None if kept is None or bool(kept.all()) else np.flatnonzero(kept)
         if chosen is not None:
@@ -479,13 +484,18 @@ class _Coding:
     """By code, where the column is a category or a bool."""
 
 
+def _has_null(grouping: Grouping) -> bool:
+    """Whether null has a value of its own, the last."""
+    return grouping.labels[-1] is None
+
+
 def _codings(by: Sequence[Grouping]) -> dict[str, list[_Coding]]:
     """By the table that the columns are of. The last `by` column runs fastest."""
     found: dict[str, list[_Coding]] = {}
     stride = 1
     for grouping in reversed(by):
         column = grouping.ref.column
-        null = grouping.size - 1 if grouping.ref.nullable else 0
+        null = grouping.size - 1 if _has_null(grouping) else 0
         table = None
         if column.type is ColumnType.CATEGORY:
             table = np.array([null, *range(len(column.values))], np.int64) * stride
@@ -507,7 +517,7 @@ def _code(codings: Sequence[_Coding], column: Callable[[ColumnRef], NDArray[Any]
             part = coding.table[values]
         else:
             part = _bin(values, grouping.edges)
-            if grouping.ref.nullable:
+            if _has_null(grouping):
                 part[is_null(grouping.ref.column, values)] = grouping.size - 1
             part *= coding.stride
         total = part if total is None else total + part

@@ -135,6 +135,26 @@ def test_eng_8_conditions(where: str | None, sql: str | None) -> None:
     check(agreement(output | ({"where": where} if where else {})), data(3, 400, 200, joined=False), sql)
 
 
+@pytest.mark.parametrize("join", [None, "left"])
+def test_eng_9_columns_whose_nulls_the_condition_drops(join: str | None) -> None:
+    output: dict[str, Any] = {
+        "by": {"kind": "kind", "open": "open", "pay": {"bin": "pay", "edges": [0]}},
+        "values": {"n": "count", "u": "units"},
+        "where": "kind is not null and open is not null and pay is not null",
+    }
+    sql = "events.kind is not null and events.open is not null and events.pay is not null"
+    if join:
+        output["join"] = {"units": join}
+        output["by"] = {"engine": "engine", "kind": "kind", "built": {"bin": "year", "edges": [1950]}}
+        output["where"], sql = (
+            "engine is not null and year is not null",
+            "units.engine is not null and units.year is not null",
+        )
+    agreed = agreement(output)
+    assert sum(None in grouping.labels for grouping in agreed.outputs["out"].by) == (1 if join else 0)
+    check(agreed, data(8, 400, 200, joined=bool(join)), sql)
+
+
 RULES: list[dict[str, Any]] = [
     {"everyone": {"min_units": 2, "min_parties": 1, "coalition": 0}},
     {"everyone": {"min_units": 10, "min_parties": 2, "coalition": 1}},
