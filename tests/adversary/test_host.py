@@ -594,8 +594,9 @@ def test_nested_outputs_are_refused(simulation: Simulation) -> None:
     signatures = dict(signed(agreement, members).signatures)
     from parley_protocol.encoding import decode, encode
 
-    label, form = decode(canonical, limit=1 << 23)  # type: ignore[misc]
-    form["outputs"].append({**form["outputs"][0], "name": "total", "by": []})  # type: ignore[index]
+    decoded: Any = decode(canonical, limit=1 << 23)
+    label, form = decoded
+    form["outputs"].append({**form["outputs"][0], "name": "total", "by": []})
     bad = pb.SignedAgreement(canonical=encode([label, form]), signatures=signatures)
     assert host.refused(load=pb.Load(agreements=[bad])) in ("agreement", "malformed")
 

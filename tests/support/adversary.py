@@ -8,20 +8,37 @@ is: `Wire` stands where its transport stands, and everything above is the client
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from parley.connection import Connection
+from parley.member import Member
+from parley.release import Release
+from parley.session import Session
+from parley.transport import Transport
 from parley_protocol import cose
 from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.bundle import Bundle, BundledAgreement, BundledOutput
-from parley_protocol.errors import RefusedError
-from parley_protocol.transcript import GENESIS, Join, Offer, Record, Roster
+from parley_protocol.errors import ParleyError, RefusedError
+from parley_protocol.hpke import SealingKey
+from parley_protocol.output import OutputTable
+from parley_protocol.transcript import (
+    GENESIS,
+    Countersignature,
+    Join,
+    Offer,
+    Record,
+    Refusal,
+    Roster,
+    join_info,
+)
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2 as epb
-from support.enclave import Host, Simulation
+from support.attacks import told
+from support.enclave import Host, Rows, Simulation, agreement_of, rows_of, until
 
 
 @dataclass
@@ -48,7 +65,7 @@ class Kept:
 
     session: bytes
     agreement: bytes
-    host: Host
+    host: Den
     offer: bytes
     roster: bytes = b""
     consents: dict[str, bytes] = field(default_factory=dict)
@@ -58,12 +75,18 @@ class Kept:
     lost: str = ""
 
 
+class Den(Host):
+    """A host that remembers the request of the session that it began last."""
+
+    request = b""
+
+
 class Relay:
     """The coordinator's memory, its enclaves, and its hooks. An operation takes the caller's name first."""
 
     def __init__(self, *simulations: Simulation) -> None:
         self.simulations = list(simulations)
-        self.hosts: list[Host] = []
+        self.hosts: list[Den] = []
         self.agreements: dict[bytes, SignedAgreement] = {}
         self.blobs: dict[bytes, tuple[int, bytes, bytes]] = {}
         """Upload digest to the host's number, the signed upload, the bytes."""
@@ -72,9 +95,10 @@ class Relay:
         """Series to (record, document), oldest first."""
         self.hooks: dict[str, Hook] = {}
         self.history: list[tuple[Call, Any]] = []
-        """Every call that was answered, with the answer."""
-        self._loaded: dict[bytes, list[Host]] = {}
-        self._lock = threading.RLock()
+        """Every call, with its answer; None where it was refused."""
+        self._offers: list[bytes] = []
+        self._rosters: list[bytes] = []
+        self._loaded: dict[bytes, list[Den]] = {}
 
     # What a client calls
 
@@ -82,9 +106,19 @@ class Relay:
         """What the coordinator answers, honest or not."""
         call = Call(self, member, op, arguments)
         hook = self.hooks.get(op)
+        place = len(self.history)
+        self.history.append((call, None))
         reply = call.honest() if hook is None else hook(call)
-        self.history.append((call, reply))
+        self.history[place] = (call, reply)
         return reply
+
+    def offers(self) -> list[bytes]:
+        """The offers that enclaves of this relay made."""
+        return list(self._offers)
+
+    def rosters(self) -> list[bytes]:
+        """The rosters that enclaves of this relay signed."""
+        return list(self._rosters)
 
     def answers(self, op: str) -> list[Any]:
         """What was answered to an operation so far."""
@@ -130,13 +164,13 @@ class Relay:
             found.insert(0, self.agreements[before])
         return found
 
-    def load(self, digest: bytes, simulation: Simulation | None = None) -> Host:
+    def load(self, digest: bytes, simulation: Simulation | None = None) -> Den:
         """An enclave that has the agreement: the one that has it already, or another where `simulation` is given."""
         known = self._loaded.setdefault(digest, [])
         if known and simulation is None:
             return known[0]
         simulation = simulation or self.simulations[len(self.hosts)]
-        host = Host(simulation.path)
+        host = Den(simulation.path)
         self.hosts.append(host)
         host.load(
             *(
@@ -146,6 +180,11 @@ class Relay:
         )
         known.append(host)
         return host
+
+    def adopt(self, digest: bytes, host: Den) -> None:
+        """Uses an enclave that has the agreement already."""
+        self._loaded[digest] = [host]
+        self.hosts.append(host)
 
     def series(self, digest: bytes) -> bytes:
         """The series of an agreement."""
@@ -162,15 +201,17 @@ class Relay:
         agreement: bytes,
         request: bytes | None = None,
         *,
-        host: Host | None = None,
+        host: Den | None = None,
         records: list[tuple[bytes, bytes]] | None = None,
     ) -> Kept:
         """Begins a session in an enclave, after these records, or all that there are."""
         host = host or self.load(agreement)
         chain = self.records.setdefault(self.series(agreement), []) if records is None else records
         signed = [epb.SignedRecord(cose=record, document=document) for record, document in chain]
-        offered = host.want("offered", begin=epb.Begin(request=request or os.urandom(16), chain=signed))
+        host.request = request or os.urandom(16)
+        offered = host.want("offered", begin=epb.Begin(request=host.request, chain=signed))
         session = Offer.from_bytes(offered.offer).session
+        self._offers.append(offered.offer)
         return self.sessions.setdefault(session, Kept(session, agreement, host, offered.offer))
 
     def kept(self, session: bytes) -> Kept:
@@ -226,6 +267,7 @@ class Relay:
         kept = self.kept(session)
         answer = self._good(kept.host.ask(start=epb.Start(session=session, cose=signed)))
         kept.roster = answer.rostered.cose
+        self._rosters.append(kept.roster)
         return self._roster(kept)
 
     def get_roster(self, _member: str, session: bytes) -> pb.RosterReply:
@@ -374,3 +416,198 @@ def joins_sent(relay: Relay) -> list[Join]:
         for call, _ in relay.history
         if call.op == "put_join"
     ]
+
+
+# The honest side
+
+
+@dataclass
+class Outcome:
+    """What became of a session: the errors that clients gave, as (member, step, what it says), and what they accepted."""
+
+    errors: list[tuple[str, str, str]] = field(default_factory=list)
+    releases: dict[str, Release] = field(default_factory=dict)
+
+    @property
+    def told(self) -> list[str]:
+        """What the errors say, in order."""
+        return [said for _, _, said in self.errors]
+
+
+class Stage:
+    """Real clients of one agreement on this machine, a relay, and an enclave that serves one stage after another.
+
+    `clients` have signed the agreement and sealed their tables; each stage begins from a copy of their folders.
+    """
+
+    def __init__(self, players: Cast, folder: Path) -> None:
+        self.cast = players
+        self.agreement = players.agreement
+        self.folder = folder
+        shutil.copytree(players.folder, folder, dirs_exist_ok=True)
+        self.relay = Relay(players.simulation)
+        self.relay.agreements = dict(players.agreements)
+        self.relay.adopt(players.agreement.digest, players.host)
+        self.members = {name: Member.load(folder / f"{name}.key") for name in players.agreement.members}
+        self.request = players.request()
+        self.kept = self.relay.begin(self.agreement.digest, self.request)
+
+    def connection(self, name: str, member: Member | None = None) -> Connection:
+        """A member's connection to the relay."""
+        return Connection(member or self.members[name], cast_transport(Wire(self.relay, name)))
+
+    def session(self, name: str, session: bytes | None = None, member: Member | None = None) -> Session:
+        """A session as a member sees it; the one of this stage where none is named."""
+        return Session(self.connection(name, member), self.agreement, session or self.kept.session)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """What a party brings."""
+        return {"visits": self.folder / f"{name}.csv"}
+
+    def play(self, tries: int = 1) -> Outcome:
+        """A session from its submits to the releases. A member whose step fails tries it again, then gives up."""
+        outcome = Outcome()
+        parties = self.agreement.parties
+        starter = self.agreement.session.start[0]
+        gone: set[str] = set()
+
+        def step(name: str, what: str, act: Callable[[], Any]) -> Any:
+            if name in gone:
+                return None
+            for _ in range(tries):
+                try:
+                    return act()
+                except ParleyError as error:
+                    outcome.errors.append((name, what, told(error)))
+            gone.add(name)
+            return None
+
+        for name in parties:
+            step(name, "submit", lambda name=name: self.session(name).submit(self.table(name)))
+        step(starter, "start", lambda: self.session(starter).start())
+        for name in parties:
+            step(name, "countersign", lambda name=name: self.session(name).countersign())
+        for name in self.agreement.members:
+            release = step(name, "release", lambda name=name: self.session(name).release())
+            if release is not None:
+                outcome.releases[name] = release
+        return outcome
+
+    def check(self, outcome: Outcome, attackers: Sequence[SealingKey] = ()) -> None:
+        """The invariant: whatever a client accepted is the release of an undisturbed run, and nothing that it sent opens
+        for anybody but the enclave whose offer was verified."""
+        for name, release in outcome.releases.items():
+            assert release.verified.record.record.head == self.cast.head, f"{name} accepted another record"
+            tables = {output: found.table for output, found in release.outputs.items()}
+            assert tables == self.cast.tables, f"{name} accepted another output"
+        genuine = {Offer.from_bytes(offer).digest: Offer.from_bytes(offer) for offer in self.relay.offers()}
+        for join in joins_sent(self.relay):
+            assert join.offer in genuine, "a join to an offer that no enclave made"
+            assert genuine[join.offer].agreement == self.agreement.digest
+            for key in attackers:
+                try:
+                    key.open(join.sealed_keys, join_info(join.offer, join.party, join.uploads))
+                except ParleyError:
+                    continue
+                raise AssertionError("content keys were sealed to the attacker")
+        seen: dict[tuple[str, bytes], set[bytes]] = {}
+        for party, roster in rosters_signed(self.relay):
+            seen.setdefault((party, self.kept.offer), set()).add(roster.inputs_digest)
+        assert all(len(inputs) == 1 for inputs in seen.values()), "two rosters over different inputs were signed"
+
+    def close(self) -> None:
+        """Leaves the enclave as the next stage can use it."""
+        self.relay.hooks.clear()
+        self.cast.settle(self.members)
+
+
+class Cast:
+    """The members of one agreement with their tables, in `folder`, an enclave that has the agreement, and what an
+    undisturbed session releases."""
+
+    def __init__(
+        self, simulation: Simulation, folder: Path, parties: Sequence[str], analysts: Sequence[str], **changes: Any
+    ):
+        self.simulation = simulation
+        self.folder = folder
+        names = [*parties, *analysts]
+        self.members = {name: Member.generate(name, folder) for name in names}
+        identities = {name: member.identity for name, member in self.members.items()}
+        self.agreement = agreement_of(simulation, identities, analysts=analysts, **changes)
+        for member in self.members.values():
+            for name, other in self.members.items():
+                if other is not member:
+                    member.contacts.put(name, other.public)
+                    member.contacts.confirm(name, other.fingerprint)
+        signed = SignedAgreement(self.agreement.canonical)
+        for name, member in self.members.items():
+            signed = signed.with_signature(name, member.sign(self.agreement))
+        for member in self.members.values():
+            member.state.keep_agreement(signed)
+        self.agreements = {signed.digest: signed}
+        for seed, name in enumerate(parties):
+            write_csv(folder / f"{name}.csv", rows_of(seed, 800))
+        relay = Relay(simulation)
+        relay.agreements = dict(self.agreements)
+        self.host = relay.load(signed.digest)
+        self.head = b""
+        self.tables: dict[str, OutputTable] = {}
+        self._prepare(relay)
+
+    def _prepare(self, relay: Relay) -> None:
+        kept = relay.begin(self.agreement.digest)
+        for name in self.agreement.parties:
+            connection = Connection(self.members[name], cast_transport(Wire(relay, name)))
+            Session(connection, self.agreement, kept.session).seal({"visits": self.folder / f"{name}.csv"})
+
+    def undisturbed(self, folder: Path) -> None:
+        """Plays a session that nobody disturbs, to know its release."""
+        stage = Stage(self, folder)
+        outcome = stage.play()
+        assert not outcome.errors and set(outcome.releases) == set(self.agreement.members), outcome.errors
+        found = outcome.releases[self.agreement.parties[0]]
+        self.head = found.verified.record.record.head
+        self.tables = {name: output.table for name, output in found.outputs.items()}
+        stage.check(outcome)
+        stage.close()
+
+    def request(self) -> bytes:
+        """The request of the session that is open, or of the next one."""
+        return self.host.request if self.host.state().phase == "open" else os.urandom(16)
+
+    def settle(self, members: Mapping[str, Member]) -> None:
+        """Ends what stands, so that another session may begin: the enclave then is loaded, open or lost."""
+        until(lambda: self.host.state().phase != "computing")
+        state = self.host.state()
+        if state.phase == "rostered":
+            roster = Roster.from_bytes(cose.payload_unverified(state.roster))
+            name = roster.included[0].party
+            refusal = members[name].identity.sign(Refusal(roster.digest, name).to_bytes())
+            self.host.want("awaiting", refuse=epb.Refuse(session=state.session, cose=refusal))
+        assert self.host.state().phase in ("loaded", "open", "lost"), self.host.state().phase
+
+
+def cast_transport(wire: Wire) -> Transport:
+    """The wire as the client's own code sees it."""
+    return cast("Transport", wire)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """A party's file of `visits`."""
+    sites = ("", "north", "south", "west")
+    lines = ["id,amount,score,site"]
+    for key, amount, score, site in zip(rows.keys, rows.amount, rows.score, rows.site, strict=True):
+        lines.append(f"p{key},{amount // 100}.{amount % 100:02d},{score:.6f},{sites[site]}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def rosters_signed(relay: Relay) -> list[tuple[str, Roster]]:
+    """(party, roster) of every countersignature that a client sent of a roster that this relay knows."""
+    known = {Roster.from_bytes(cose.payload_unverified(data)).digest: data for data in relay.rosters()}
+    found = []
+    for call, _ in relay.history:
+        if call.op == "put_countersignature":
+            statement = Countersignature.from_bytes(cose.payload_unverified(call.arguments[1]))
+            assert statement.roster in known, "a roster that no enclave made was signed"
+            found.append((call.member, Roster.from_bytes(cose.payload_unverified(known[statement.roster]))))
+    return found
