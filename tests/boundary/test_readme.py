@@ -130,10 +130,11 @@ def test_commands_exist(page: str, line: str) -> None:
 
 
 def _check_coordinator(words: list[str]) -> None:
-    page = _output("parley-coordinator", "--help")
+    path = words[:1] if words and not words[0].startswith("-") else []
+    page = _output("parley-coordinator", *path, "--help")
     for word in words:
         if word.startswith("-"):
-            assert word.partition("=")[0] in page, f"parley-coordinator has no option {word}"
+            assert word.partition("=")[0] in page, f"parley-coordinator {' '.join(path)} has no option {word}"
 
 
 def _output(program: str, *arguments: str) -> str:
