@@ -7,6 +7,7 @@ sealed for anybody but an enclave that was verified.
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from parley import session as session_module
+from google.protobuf.message import Message
+
+from parley import backups
 from parley.backups import backup, restore
 from parley.contacts import Contacts
 from parley.member import Member
 from parley.session import Session
-from parley.state import State
+from parley.state import Series, State
 from parley_deploy.nsm import LocalRoot
 from parley_deploy.pki import system_now_ms
 from parley_protocol import bundle as bundles
@@ -32,6 +35,7 @@ from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.attestation import verify as attestation
 from parley_protocol.bundle import Bundle
 from parley_protocol.errors import MalformedError, ParleyError, RefusedError, StateError, UnavailableError
+from parley_protocol.output import OutputColumn
 from parley_protocol.transcript import (
     Absentee,
     Join,
@@ -46,7 +50,7 @@ from parley_protocol.transcript import (
 )
 from parley_protocol.v1 import coordinator_pb2 as pb
 from support.adversary import Call, Cast, Hook, Outcome, Stage, joins_sent, rosters_signed, write_csv
-from support.attacks import refusal
+from support.attacks import CHECKERS, refusal
 from support.enclave import Simulation, rows_of
 from support.mutants import without
 from support.world import Paper
@@ -258,15 +262,22 @@ def altered_record(_stage: Stage, bundle: Bundle) -> Bundle:
     return replace(bundle, record=bytes(changed))
 
 
-def resealed_output(_stage: Stage, bundle: Bundle) -> Bundle:
-    """An output that the host sealed to the recipient itself: anybody can."""
+def resealed_output(stage: Stage, bundle: Bundle) -> Bundle:
+    """Another table, which the host sealed to the recipient itself: anybody can."""
     head = Record.from_bytes(cose.payload_unverified(bundle.record)).head
     made = []
     for item in bundle.sealed:
-        public = SignedAgreement(bundle.lineage[0].canonical).agreement().members[item.recipient].sealing
-        plain = SealedOutput.of(bytes(32), b"anything").to_bytes()
+        table = stage.cast.tables[item.output]
+        changed = replace(table, columns=tuple(_raised(column) for column in table.columns)).to_bytes()
+        assert changed != table.to_bytes()
+        plain = SealedOutput.of(bytes(32), changed, table.widest).to_bytes()
+        public = stage.agreement.members[item.recipient].sealing
         made.append(replace(item, sealed=hpke.seal(public, plain, output_info(head, item.output, item.recipient))))
     return replace(bundle, sealed=tuple(made))
+
+
+def _raised(column: OutputColumn) -> OutputColumn:
+    return replace(column, cells=tuple(cell + 1 if type(cell) is int else cell for cell in column.cells))
 
 
 def truncated_bundle(_stage: Stage, call: Call) -> Any:
@@ -680,3 +691,167 @@ def test_a_changed_file_is_a_new_upload(stage: Stage) -> None:
 def header_of(signed: bytes) -> UploadHeader:
     """The header of a signed upload."""
     return Upload.from_bytes(cose.payload_unverified(signed)).header
+
+
+# At random
+
+
+def spoiled(reply: Any, chance: random.Random) -> Any:
+    """The reply with a bit of one of its byte strings flipped; as it is where it has none."""
+    if isinstance(reply, bytes):
+        place = chance.randrange(len(reply))
+        return reply[:place] + bytes([reply[place] ^ 1 << chance.randrange(8)]) + reply[place + 1 :]
+    if isinstance(reply, list) and reply:
+        place = chance.randrange(len(reply))
+        first, second = reply[place]
+        return [*reply[:place], (spoiled(first, chance), second), *reply[place + 1 :]]
+    if isinstance(reply, Message):
+        found = [field.name for field, value in reply.ListFields() if isinstance(value, bytes) and value]
+        if found:
+            name = chance.choice(found)
+            setattr(reply, name, spoiled(getattr(reply, name), chance))
+    return reply
+
+
+def meddling(stage: Stage, chance: random.Random) -> Hook:
+    """A hook that does something else at each call, or nothing."""
+
+    def answer(call: Call) -> Any:
+        before = [(found, reply) for found, reply in stage.relay.history if found.op == call.op and reply is not None]
+        match chance.choice(("honest", "honest", "drop", "replay", "flip", "twice", "swap", "forget")):
+            case "drop":
+                raise UnavailableError("away")
+            case "replay" if before:
+                return chance.choice(before)[1]
+            case "flip":
+                return spoiled(call.honest(), chance)
+            case "twice":
+                call.honest()
+            case "swap" if before and before[-1][0].member != call.member:
+                return call.honest(*before[-1][0].arguments)
+            case "forget":
+                call.honest()
+                raise UnavailableError("away")
+        return call.honest()
+
+    return answer
+
+
+OPS = ("attest", "upload", "put_join", "start", "get_roster", "put_countersignature", "bundle", "chain", "get_session")
+SEEDS = int(os.environ.get("PARLEY_ADVERSARY_SEEDS", "10"))
+LENGTH = 6
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_sequences_of_operations(stage: Stage, seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(LENGTH):
+        operation = chance.choice(OPERATIONS)
+        if chance.random() < 0.5:
+            stage.relay.hooks[operation.op] = operation.hook(stage)
+        else:
+            stage.relay.hooks[chance.choice(OPS)] = meddling(stage, chance)
+    first = stage.play(tries=2)
+    stage.check(first, [SEALING])
+    # The same members go on once the host is honest again, where their state lets them: still nothing wrong is accepted.
+    stage.relay.hooks.clear()
+    second = stage.play()
+    stage.check(second, [SEALING])
+
+
+# Mutants of the client: each of these tests must be able to fail
+
+GETS_FURTHER = {
+    "replayed document": ("att-16",),
+    "join of another party": ("rcp-3",),
+    "invented receipt": ("rcp-1",),
+    "invented roster": ("ros-1",),
+    "countersignatures left out": ("bun-5",),
+}
+"""Operations that get past the client without these checks."""
+DOES_HARM = {
+    "stale document": ("att-12",),
+    "another root": ("att-4",),
+    "another agreement's enclave": ("att-15",),
+    "another agreement's offer": ("off-2",),
+    "altered sealing key": ("att-17",),
+    "older head": ("off-6",),
+    "altered roster": ("ros-1", "ros-5"),
+    "resealed output": ("bun-9",),
+}
+"""Operations after which the invariant does not hold without these checks."""
+
+
+def mutated(stack: ExitStack, steps: tuple[str, ...]) -> None:
+    for step in steps:
+        stack.enter_context(without(step, *CHECKERS))
+
+
+@pytest.mark.parametrize("name", [*GETS_FURTHER, *DOES_HARM])
+def test_an_operation_succeeds_against_a_client_without_its_check(stage: Stage, name: str) -> None:
+    (operation,) = (found for found in OPERATIONS if found.name == name)
+    stage.relay.hooks[operation.op] = operation.hook(stage)
+    with ExitStack() as stack:
+        mutated(stack, GETS_FURTHER.get(name) or DOES_HARM[name])
+        outcome = stage.play()
+    assert not [error for error in operation.told if error in first_errors(outcome) and error[0] in operation.victims]
+    if name in DOES_HARM:
+        with pytest.raises(AssertionError):
+            stage.check(outcome, [SEALING])
+
+
+def test_a_client_that_does_not_compare_the_release_with_its_session(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "_accept", lambda _self, _release: None)
+    (operation,) = (found for found in OPERATIONS if found.name == "release of another session")
+    stage.relay.hooks[operation.op] = operation.hook(stage)
+    outcome = stage.play()
+    assert not outcome.errors
+    with pytest.raises(AssertionError, match="accepted another"):
+        stage.check(outcome)
+
+
+Test = Callable[..., None]
+MUTANTS: dict[str, tuple[Test, Any, str, Any]] = {
+    "signs whatever key stands in an agreement": (
+        test_an_unknown_member_key_is_not_signed, Contacts, "unconfirmed", lambda *_: ()
+    ),
+    "joins any number of sessions": (test_two_enclaves_are_not_both_fed, State, "others", lambda *_: []),
+    "does not look at the roster": (
+        test_a_roster_with_other_inputs_is_not_signed, Session, "check_roster", lambda *_: ()
+    ),
+    "does not look at former rosters": (
+        test_a_second_roster_over_other_data_is_not_signed, Session, "check_roster", lambda *_: ()
+    ),
+    "takes one-time keys into backups": (
+        test_a_restored_backup_cannot_sign_twice, backups, "_LEFT_OUT", ("lock",)
+    ),
+    "seals a table once for ever": (
+        test_a_changed_file_is_a_new_upload,
+        Session,
+        "_spooled",
+        lambda self, table, _source: next((s for _, s in self._state.uploads(self.agreement.digest, table)), None),
+    ),
+    "forgets what it signed": (
+        test_an_older_or_foreign_version_is_refused, Series, "newest", property(lambda self: self.signed[0])
+    ),
+    "begins a series when it knows nothing of it": (
+        test_a_key_without_its_state_joins_nothing,
+        Session,
+        "_verify",
+        lambda self, _trust=None, _real=Session._verify: _real(self, bytes(48) if self._state.series(self.agreement.series) is None else None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_of_the_client_is_noticed(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    test, owner, attribute, mutant = MUTANTS[name]
+    monkeypatch.setattr(owner, attribute, mutant)
+    arguments = {"stage": stage, "tmp_path": tmp_path}
+    wanted = {key: value for key, value in arguments.items() if key in inspect.signature(test).parameters}
+    with pytest.raises((AssertionError, pytest.fail.Exception, ParleyError)):
+        test(**wanted)

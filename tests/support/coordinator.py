@@ -149,6 +149,8 @@ class Coordinator:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""
+        self.tree: Path | None = None
+        """The image tree that its enclaves run, where it is not what is installed."""
         self.clients: list[Client] = []
         self.run_command("init", "--dir", str(folder), "--listen", "127.0.0.1:0")
         listed = ", ".join(f'"{part}"' for part in command)

@@ -50,7 +50,7 @@ class Desk:
         self.store = Store(f"sqlite:///{folder / 'c.db'}")
         self.blobs = Directory(folder / "blobs")
         self.agreements = Agreements(self.store, quotas, self.clock)
-        self.uploads = Uploads(self.store, self.blobs, quotas, self.clock)
+        self.uploads = Uploads(self.store, self.blobs, quotas, self.clock, handover_s=1.0)
         self.releases = Releases(self.store, self.blobs, self.clock)
         self.inbox = Inbox(self.store, self.clock)
         with self.store.write() as session:

@@ -1,0 +1,763 @@
+"""Sessions whose processes are killed: a stage that is set once and copied for each trial, members who go on by
+themselves as a patient user would, and the moments at which something dies.
+
+Also a program: `python -m support.faults member ...` is one member in a process of its own, which kills itself at a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import pandas as pd
+
+from parley import Connection, Member, Release
+from parley.session import Session, SessionStatus
+from parley.transport import Progress, Transport
+from parley_protocol import limits
+from parley_protocol.agreement.canonical import parse
+from parley_protocol.agreement.model import Agreement
+from parley_protocol.bundle import Bundle
+from parley_protocol.cose import payload_unverified
+from parley_protocol.errors import RefusedError, UnavailableError
+from parley_protocol.transcript import RecordBody, Upload
+from parley_protocol.v1 import coordinator_pb2 as pb
+from support.client import frame_of, members
+from support.coordinator import Coordinator
+from support.enclave import until
+
+NAMES: Final = ("ann", "bob", "cyd", "dan")
+PARTIES: Final = NAMES[:3]
+"""They bring tables; ann opens and starts. dan is the analyst."""
+LIMIT_S: Final = 120.0
+"""Nothing here takes longer, on a machine that is busy."""
+PATIENCE_S: Final = 30.0
+ROWS: Final = {"ann": 45_000, "bob": 900, "cyd": 900}
+"""ann's sealed table has more than one message of an upload."""
+
+Told = Callable[[str], None]
+
+
+# What was sent
+
+
+class Ledger:
+    """The bytes of uploads that clients sent and that the coordinator acknowledged. None may be sent after that (§8)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._acknowledged: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.twice: list[str] = []
+
+    def acknowledge(self, upload: str, stored: int) -> None:
+        """The coordinator told that it has the first bytes."""
+        with self._lock:
+            self._acknowledged[upload] = max(self._acknowledged[upload], stored)
+
+    def send(self, upload: str, offset: int, length: int) -> None:
+        """A client sends a chunk."""
+        with self._lock:
+            self.sent[upload] += length
+            if offset < self._acknowledged[upload]:
+                self.twice.append(f"{upload[:8]}: bytes from {offset}, of which {self._acknowledged[upload]} were stored")
+
+
+class Wire(Transport):
+    """A client's wire that tells each step, and enters what it sends in a ledger."""
+
+    def __init__(
+        self, address: str, member: Member, certificate: str, told: Told, ledger: Ledger, *, patience_s: float = PATIENCE_S
+    ) -> None:
+        self._told = told
+        self._ledger = ledger
+        self.chunks = 0
+        """Where not 0: the next upload stream ends after so many chunks, as when a connection breaks."""
+        super().__init__(address, member.identity, certificate, patience_s=patience_s)
+
+    def open_session(self, request: bytes, agreement: bytes) -> pb.SessionState:
+        state = super().open_session(request, agreement)
+        self._told("opened")
+        return state
+
+    def upload(self, digest: bytes, cose: bytes, blob: Path, progress: Progress | None = None) -> None:
+        self._told("uploading")
+        super().upload(digest, cose, blob, progress)
+        self._ledger.acknowledge(digest.hex(), blob.stat().st_size)
+        self._told("uploaded")
+
+    def _uploaded(self, digest: bytes) -> pb.UploadState | None:
+        state = super()._uploaded(digest)
+        if state is not None:
+            self._ledger.acknowledge(digest.hex(), state.stored)
+        return state
+
+    def _chunks(  # type: ignore[override]  # static there
+        self, cose: bytes, blob: Path, stored: int, progress: Progress | None
+    ) -> Iterator[pb.UploadRequest]:
+        upload = Upload.from_bytes(payload_unverified(cose)).digest.hex()
+        left, self.chunks = self.chunks, 0
+        if stored:
+            self._told("resuming")
+        for request in Transport._chunks(cose, blob, stored, progress):
+            if request.WhichOneof("part") == "chunk":
+                self._ledger.send(upload, request.chunk.offset, len(request.chunk.data))
+            yield request
+            if request.WhichOneof("part") == "chunk":
+                self._told("chunk")
+                left -= 1
+                if left == 0:
+                    return
+
+    def put_join(self, session: bytes, cose: bytes) -> pb.JoinReply:
+        self._told("joining")
+        reply = super().put_join(session, cose)
+        self._told("joined")
+        return reply
+
+    def start(self, session: bytes, cose: bytes) -> pb.RosterReply:
+        self._told("starting")
+        return super().start(session, cose)
+
+    def put_countersignature(
+        self, session: bytes, cose: bytes, former: list[tuple[bytes, bytes, bytes]]
+    ) -> pb.SessionState:
+        self._told("signing")
+        state = super().put_countersignature(session, cose, former)
+        self._told("signed")
+        return state
+
+    def bundle(self, session: bytes, progress: Progress | None = None) -> bytes:
+        def fetching(step: str, done: int, total: int) -> None:
+            self._told("fetching")
+            if progress is not None:
+                progress(step, done, total)
+
+        data = super().bundle(session, fetching)
+        self._told("fetched")
+        return data
+
+
+# The stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a release says: its record's body, and per output the plaintext. Equal for equal runs, byte for byte."""
+
+    body: bytes
+    plaintexts: tuple[tuple[str, bytes, bytes], ...]
+
+    @classmethod
+    def of(cls, release: Release) -> Outcome:
+        """The outcome of a verified release that this member opened."""
+        opened = Bundle.from_bytes(release.opened_bundle()).opened
+        assert opened
+        body = release.verified.record.record.body.to_bytes()
+        return cls(body, tuple((item.output, item.salt, item.plaintext) for item in opened))
+
+    @property
+    def record(self) -> RecordBody:
+        """The record's body."""
+        return RecordBody.from_bytes(self.body)
+
+
+class Stage:
+    """A coordinator's folder with an agreement that all signed, and members whose tables stand sealed in their spools with
+    nothing sent. Trials run on copies: equal uploads make equal records, whatever dies meanwhile.
+    """
+
+    def __init__(self, folder: Path, **session: Any) -> None:
+        self.folder = folder
+        made_in = folder / "made"
+        made_in.mkdir()
+        with members(made_in, NAMES, analysts=["dan"], **session) as made:
+            self.agreement: Agreement = made.agreement
+            made.sign()
+            made.coordinator.stop()
+            shutil.copytree(made.coordinator.folder, folder / "c")
+            made.coordinator.start()
+            opened = made.connect("ann").open(made.agreement)
+            for number, name in enumerate(PARTIES):
+                path = made.csv(name, frame_of(number, ROWS[name], people=2000))
+                made.connect(name).session(opened.id).seal({"visits": path})
+            for name in NAMES:
+                shutil.copytree(made_in / name, folder / name)
+        # The rest of `made` is the root that certifies simulated enclaves, which all trials share.
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """A party's table."""
+        return pd.read_csv(self.folder / name / "visits.csv", dtype={"amount": str})
+
+
+class Copied(Coordinator):
+    """A copy of a stage's coordinator, always at the same port: clients find it again."""
+
+    def __init__(self, stage: Stage, folder: Path, blobs: Path | None = None) -> None:
+        shutil.copytree(stage.folder / "c", folder)
+        self.folder = folder
+        self.process = None
+        self.address = ""
+        self.clients = []
+        file = folder / "coordinator.toml"
+        text = file.read_text().replace('"127.0.0.1:0"', f'"127.0.0.1:{_port()}"')
+        if blobs is not None:
+            text = text.replace("[launcher.local]", f'[store]\nblobs = "{blobs}"\n[launcher.local]')
+        file.write_text(text)
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """What the coordinator's database holds."""
+        with sqlite3.connect(f"file:{self.folder / 'coordinator.db'}?mode=ro", uri=True, timeout=30) as connection:
+            found = connection.execute(query).fetchall()
+        connection.close()
+        return found
+
+    @property
+    def faults(self) -> list[str]:
+        """Lines of its log that say that the program itself is wrong."""
+        lines = (line for line in self.log.splitlines() if line.startswith("{"))
+        return [line for line in lines if json.loads(line).get("level") not in ("debug", "info", "warning")]
+
+
+def _port() -> int:
+    """A free port that the kernel gives to nobody by itself."""
+    while True:
+        port = random.randrange(12_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+class Trial:
+    """One run on a copy of the stage. `told` hears every step of every member: (step, name)."""
+
+    def __init__(self, stage: Stage, folder: Path, *, blobs: Path | None = None) -> None:
+        self.stage = stage
+        self.folder = folder
+        self.agreement = stage.agreement
+        self.coordinator = Copied(stage, folder / "c", blobs)
+        for name in NAMES:
+            shutil.copytree(stage.folder / name, folder / name)
+        self.ledger = Ledger()
+        self.told: Callable[[str, str], None] = lambda _step, _name: None
+        self.broken_uploads = False
+        """Whether ann's first upload stream breaks after a chunk."""
+        self.over = threading.Event()
+        self._dying = threading.Lock()
+        self._current = b""
+        self._opened = threading.Condition()
+        self._died: list[str] = []
+
+    def __enter__(self) -> Self:
+        self.coordinator.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over.set()
+        with self._dying:
+            self.coordinator.kill()
+            self.coordinator.end_enclaves()
+
+    # What dies
+
+    def kill(self, target: str, pause_s: float = 0.0) -> bool:
+        """SIGKILL for `coordinator`, `enclave` or `both`; a coordinator is started again. Whether something died."""
+        with self._dying:
+            if self.over.is_set():
+                return False
+            enclave = self.enclave() if target in ("enclave", "both") else None
+            if target in ("coordinator", "both"):
+                self.coordinator.kill()
+            if enclave is not None:
+                os.kill(enclave, signal.SIGKILL)
+            if target in ("coordinator", "both"):
+                time.sleep(pause_s)
+                self.coordinator.start()
+            self._died.append(target if target != "enclave" or enclave is not None else "nothing")
+            return self._died[-1] != "nothing"
+
+    def enclave(self) -> int | None:
+        """The process of the enclave, if there is one now."""
+        for folder in self.coordinator.enclaves():
+            try:
+                return int((folder / "enclave.pid").read_text())
+            except (OSError, ValueError):
+                continue
+        return None
+
+    def workers(self) -> list[int]:
+        """The enclave's worker processes."""
+        enclave = self.enclave()
+        assert enclave is not None
+        files = Path(f"/proc/{enclave}/task").glob("*/children")
+        return sorted({int(pid) for file in files for pid in file.read_text().split()})
+
+    # Members
+
+    def member(self, name: str) -> Member:
+        """A member, loaded from its files as another process would."""
+        return Member.load(self.folder / name / f"{name}.key")
+
+    def connect(self, name: str, *, patience_s: float = PATIENCE_S) -> Connection:
+        """A connection of a member, on a wire that tells."""
+        member = self.member(name)
+        certificate = (self.coordinator.folder / "tls.crt").read_text()
+        told: Told = lambda step: self.told(step, name)  # noqa: E731
+        wire = Wire(self.coordinator.address, member, certificate, told, self.ledger, patience_s=patience_s)
+        if self.broken_uploads and name == "ann":
+            wire.chunks, self.broken_uploads = 1, False
+        return Connection(member, wire)
+
+    def csv(self, name: str) -> Path:
+        """A party's file."""
+        return self.folder / name / "visits.csv"
+
+    def play(self, names: Sequence[str] = NAMES) -> dict[str, Release]:
+        """Every member takes part until it holds the release, whatever dies; the releases."""
+        releases: dict[str, Release] = {}
+        errors: dict[str, BaseException] = {}
+
+        def one(name: str) -> None:
+            try:
+                releases[name] = self.live(name)
+            except BaseException as error:
+                errors[name] = error
+                self.over.set()
+
+        threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S + PATIENCE_S)
+        stuck = [name for name, thread in zip(names, threads, strict=True) if thread.is_alive()]
+        for error in errors.values():
+            if not isinstance(error, _Stopped):
+                raise error
+        assert not stuck, f"{', '.join(stuck)} still waiting"
+        assert not errors
+        return releases
+
+    def live(self, name: str) -> Release:
+        """One member from opening to release, as its user would run it: again and again until it is done."""
+        end = time.monotonic() + LIMIT_S
+        known = b""
+        lost = b""
+        while True:
+            if self.over.is_set():
+                raise _Stopped
+            assert time.monotonic() < end, f"{name}: no release within {LIMIT_S:.0f} s"
+            try:
+                with self.connect(name) as connection:
+                    session = connection.session(known) if known else self._find(name, connection, lost)
+                    known = session.id
+                    if session.status().phase != "released":
+                        self._attend(name, session)
+                    return session.release()
+            except UnavailableError:
+                continue
+            except RefusedError as error:
+                if error.code == "lost":
+                    known, lost = b"", known
+                elif error.code not in ("unknown-session", "phase"):
+                    raise
+                time.sleep(0.05)
+
+    def _find(self, name: str, connection: Connection, lost: bytes) -> Session:
+        if name == PARTIES[0]:
+            opened = connection.open(self.agreement)
+            with self._opened:
+                self._current = opened.id
+                self._opened.notify_all()
+            return opened
+        with self._opened:
+            self._opened.wait_for(lambda: self._current not in (b"", lost), 1.0)
+        return connection.session(self.agreement)
+
+    def _attend(self, name: str, session: Session) -> None:
+        if name not in PARTIES:
+            session.wait()
+            return
+        session.submit({"visits": self.csv(name)})
+
+        def seen(status: SessionStatus) -> None:
+            phases = {phase for _, phase in status.parties}
+            if name == PARTIES[0] and status.phase == "open" and phases == {"joined"}:
+                session.start()
+
+        session.wait(seen=seen)
+
+    def check(self, releases: Mapping[str, Release], expected: Outcome) -> None:
+        """Every member holds the release of a run in which nothing failed, and nobody sent a byte twice."""
+        assert set(releases) == set(NAMES)
+        for name, release in releases.items():
+            found = Outcome.of(release)
+            assert found.plaintexts == expected.plaintexts, name
+            assert found.body == expected.body, (name, found.record, expected.record)
+        assert self.ledger.twice == []
+        assert self.coordinator.faults == []
+
+    @property
+    def lost(self) -> int:
+        """How many sessions were lost."""
+        ((count,),) = self.coordinator.rows("SELECT count(*) FROM sessions WHERE phase = 'lost' AND session IS NOT NULL")
+        return int(count)
+
+
+class _Stopped(Exception):
+    """Another member failed: there is nothing to wait for."""
+
+
+# The moments
+
+STEPS: Final = (
+    "uploading",
+    "uploaded",
+    "opened",
+    "joining",
+    "joined",
+    "rostered",
+    "countersigning",
+    "computing",
+    "unread",
+    "released",
+    "fetching",
+)
+"""During the upload, after acknowledged bytes; all uploaded, none joined; session open; a join stored and without receipt;
+all receipts given; a roster and no countersignature; one countersignature of three; computing; the enclave has released and
+the coordinator has not read it; released and the enclave not told; in the middle of a fetch."""
+
+
+class Fault:
+    """Kills `target` when a trial reaches a step, once. What must not go on meanwhile waits."""
+
+    def __init__(self, trial: Trial, step: str, target: str) -> None:
+        self._trial = trial
+        self.step = step
+        self.target = target
+        self.fired = threading.Event()
+        self.missed = ""
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        if step == "uploading":
+            trial.broken_uploads = True
+        trial.told = self.hear
+
+    def hear(self, told: str, name: str) -> None:
+        """A member reaches a step."""
+        if self.fired.is_set():
+            return
+        with self._lock:
+            self._counts[told] += 1
+            count = self._counts[told]
+        everybody = len(PARTIES)
+        match self.step, told:
+            case ("uploading", "resuming") | ("opened", "opened") | ("joined", "starting") | ("fetching", "fetching"):
+                if count == 1:
+                    self.fire()
+            case ("uploaded", "joining") | ("rostered", "signing"):
+                if count == everybody:
+                    self.fire()
+                self._hold()
+            case "countersigning", "signing":
+                if count > 1:
+                    self._hold()
+            case "countersigning", "signed":
+                self.fire()
+            case "joining", "joining":
+                if count == 1:
+                    self._later(self._while_joining)
+                    self._hold_until(lambda: "joining" in self._first)
+                else:
+                    self._hold_until(lambda: "joining" in self._first)
+            case ("computing" | "unread" | "released"), "signing":
+                if count == everybody:
+                    self._later({"computing": self._while_computing, "unread": self._before_read}.get(
+                        self.step, self._before_stored
+                    ))
+                    self._hold_until(lambda: self.step in self._first)
+
+    def fire(self) -> None:
+        """Now."""
+        if not self._trial.kill(self.target):
+            self.missed = f"no {self.target} to kill"
+        self.fired.set()
+
+    def _hold(self) -> None:
+        assert self.fired.wait(LIMIT_S), f"{self.step} was not reached"
+
+    def _hold_until(self, holds: Callable[[], object]) -> None:
+        until(lambda: self.fired.is_set() or holds(), LIMIT_S)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self.missed = f"{type(error).__name__}: {error}"
+                self.fired.set()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def _ready(self) -> None:
+        self._first[self.step] = "ready"
+
+    def _phase(self) -> str:
+        ((phase,),) = self._trial.coordinator.rows("SELECT phase FROM sessions ORDER BY number DESC LIMIT 1")
+        return str(phase)
+
+    def _while_joining(self) -> None:
+        enclave = self._trial.enclave()
+        assert enclave is not None
+        with _stopped([enclave]):
+            self._ready()
+            query = "SELECT count(*) FROM joins WHERE receipt IS NULL AND code = ''"
+            until(lambda: self._trial.coordinator.rows(query) != [(0,)], LIMIT_S)
+            self.fire()
+
+    def _while_computing(self) -> None:
+        with _stopped(self._trial.workers()):
+            self._ready()
+            until(lambda: self._phase() == "computing", LIMIT_S)
+            self.fire()
+
+    def _before_read(self) -> None:
+        coordinator = self._trial.coordinator
+        assert coordinator.process is not None
+        (folder,) = coordinator.enclaves()
+        workers = _stopped(self._trial.workers())
+        with workers:
+            self._ready()
+            until(lambda: self._phase() == "computing", LIMIT_S)
+            coordinator.process.send_signal(signal.SIGSTOP)
+        process = coordinator.process
+        until(lambda: "computing -> released" in (folder / "log").read_text(), LIMIT_S)
+        self.fire()
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+
+    def _before_stored(self) -> None:
+        query = "SELECT count(*) FROM sessions WHERE phase = 'released' AND NOT stored_told"
+        coordinator = self._trial.coordinator
+        self._ready()
+        end = time.monotonic() + LIMIT_S
+        while coordinator.rows(query) == [(0,)]:
+            assert time.monotonic() < end
+        process = coordinator.process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        if coordinator.rows(query) == [(0,)]:
+            self.missed = "the enclave was told before the kill"
+        self.fire()
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+
+
+class _stopped:  # noqa: N801  # reads as a block
+    """Processes that stand still in a block."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = pids
+
+    def __enter__(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def __exit__(self, *_error: object) -> None:
+        for pid in self._pids:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                continue
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kills of a seed: (fraction of an undisturbed run's time, target, pause before the restart in s)."""
+
+    seed: int
+    kills: tuple[tuple[float, str, float], ...]
+
+    @classmethod
+    def of(cls, seed: int) -> Plan:
+        """One or two kills at any moment."""
+        dice = random.Random(seed)
+        count = dice.choice((1, 1, 2))
+        return cls(
+            seed,
+            tuple(
+                sorted(
+                    (dice.uniform(0, 1.05), dice.choice(("coordinator", "enclave", "both")), dice.uniform(0, 0.3))
+                    for _ in range(count)
+                )
+            ),
+        )
+
+    def begin(self, trial: Trial, duration_s: float) -> None:
+        """Kills while the trial plays."""
+
+        def run() -> None:
+            begun = time.monotonic()
+            for fraction, target, pause_s in self.kills:
+                if trial.over.wait(max(0.0, begun + fraction * duration_s - time.monotonic())):
+                    return
+                trial.kill(target, pause_s)
+
+        threading.Thread(target=run, daemon=True).start()
+
+
+# A member in a process of its own
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a member's process ended: its exit code, what it said, and its errors."""
+
+    code: int
+    lines: tuple[tuple[str, ...], ...]
+    errors: str
+
+    @property
+    def error(self) -> tuple[str, ...]:
+        """(type, code, message) of the error that it ended with."""
+        (found,) = [line[1:] for line in self.lines if line[0] == "error"]
+        return found
+
+
+def run_member(
+    trial: Trial,
+    name: str,
+    *,
+    die_at: str = "",
+    until_step: str = "release",
+    ahead_s: float = 0.0,
+    patience_s: float = PATIENCE_S,
+    file_bytes: int = 0,
+) -> Ended:
+    """Runs a member as a process of its own, until `until_step` (submit, release); it kills itself at the step `die_at`.
+
+    `ahead_s`: how far its clock is ahead. `file_bytes`: the largest file that it may write. What it sends is entered in
+    the trial's ledger.
+    """
+    return start_member(
+        trial, name, die_at=die_at, until_step=until_step, ahead_s=ahead_s, patience_s=patience_s, file_bytes=file_bytes
+    ).wait()
+
+
+class Running:
+    """A member's process."""
+
+    def __init__(self, trial: Trial, process: subprocess.Popen[str]) -> None:
+        self._trial = trial
+        self.process = process
+
+    def wait(self) -> Ended:
+        """Its end."""
+        try:
+            out, errors = self.process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, errors = self.process.communicate()
+            raise AssertionError(f"a member's process did not end: {out[-500:]} {errors[-2000:]}") from None
+        lines = tuple(tuple(line.split(" ", 3)) for line in out.splitlines())
+        for line in lines:
+            match line:
+                case "sent", upload, offset, length:
+                    self._trial.ledger.send(upload, int(offset), int(length))
+                case "stored", upload, stored:
+                    self._trial.ledger.acknowledge(upload, int(stored))
+        return Ended(self.process.returncode, lines, errors)
+
+
+def start_member(trial: Trial, name: str, **options: Any) -> Running:
+    """Starts what `run_member` runs."""
+    task = {
+        "key": str(trial.folder / name / f"{name}.key"),
+        "address": trial.coordinator.address,
+        "certificate": str(trial.coordinator.folder / "tls.crt"),
+        "agreement": trial.agreement.canonical.hex(),
+        "csv": str(trial.csv(name)),
+        **{"die_at": "", "until_step": "release", "ahead_s": 0.0, "patience_s": PATIENCE_S, "file_bytes": 0, **options},
+    }
+    tests = str(Path(__file__).resolve().parent.parent)
+    paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "support.faults", json.dumps(task)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return Running(trial, process)
+
+
+class _Spoken(Ledger):
+    def acknowledge(self, upload: str, stored: int) -> None:
+        _say("stored", upload, stored)
+
+    def send(self, upload: str, offset: int, length: int) -> None:
+        _say("sent", upload, offset, length)
+
+
+def _say(*parts: object) -> None:
+    print(*parts, flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One member: joins the live session of the agreement, signs, waits, fetches. Exit code 1 after an error that it tells."""
+    task = json.loads(arguments[0])
+    if task["ahead_s"]:
+        real, ahead = time.time_ns, int(task["ahead_s"] * 1e9)
+        time.time_ns = lambda: real() + ahead
+    if task["file_bytes"]:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], task["file_bytes"]))
+
+    def reached(step: str) -> None:
+        _say("reached", step)
+        if step == task["die_at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    member = Member.load(task["key"], reached=reached)
+    agreement = parse(bytes.fromhex(task["agreement"]))
+    certificate = Path(task["certificate"]).read_text()
+    try:
+        wire = Wire(task["address"], member, certificate, reached, _Spoken(), patience_s=task["patience_s"])
+        with Connection(member, wire) as connection:
+            session = connection.session(agreement)
+            session.submit({"visits": task["csv"]}, lambda step, _done, _total: reached(f"progress-{step}"))
+            if task["until_step"] == "release":
+                session.wait(timeout_s=LIMIT_S / 2)
+                release = session.release()
+                _say("released", release.sequence, Outcome.of(release).body.hex())
+    except Exception as error:
+        _say("error", type(error).__name__, getattr(error, "code", "-"), str(error).replace("\n", " "))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    assert limits.CHUNK_BYTES < ROWS["ann"] * 25
+    sys.exit(main(sys.argv[1:]))
