@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, required=True, help="folder of the local root that certifies the NSM")
     parser.add_argument("--agreement-hint", default="", help="digest of the agreement, for the log only")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes of the enclave")
-    parser.add_argument("--tree", type=Path, default=None, help="image tree to run and measure; default: what is installed")
+    parser.add_argument(
+        "--tree", type=Path, default=None, help="image tree to run and measure; default: what is installed"
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter of the enclave")
     return parser
 

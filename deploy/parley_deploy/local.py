@@ -192,9 +192,12 @@ app = typer.Typer(
 @app.command()
 def up(
     folder: DirOption = Path("parley-local"),
-    listen: Annotated[str, typer.Option(help="Address and port of a new stack; port 0 takes a free one.")] = "127.0.0.1:7443",
+    listen: Annotated[
+        str, typer.Option(help="Address and port of a new stack; port 0 takes a free one.")
+    ] = "127.0.0.1:7443",
     allow: Annotated[
-        list[Path] | None, typer.Option(help="Public key of a member that may put agreements and open sessions; repeatable.")
+        list[Path] | None,
+        typer.Option(help="Public key of a member that may put agreements and open sessions; repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

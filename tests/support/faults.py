@@ -280,8 +280,9 @@ class Trial:
 
     # What dies
 
-    def kill(self, target: str, pause_s: float = 0.0) -> bool:
-        """SIGKILL for `coordinator`, `enclave` or `both`; a coordinator is started again. Whether something died."""
+    def kill(self, target: str, pause_s: float = 0.0, *, between: Callable[[], object] = lambda: None) -> bool:
+        """SIGKILL for `coordinator`, `enclave` or `both`; then `between`; a coordinator is started again. Whether something
+        died."""
         with self._dying:
             if self.over.is_set():
                 return False
@@ -290,6 +291,7 @@ class Trial:
                 self.coordinator.kill()
             if enclave is not None:
                 os.kill(enclave, signal.SIGKILL)
+            between()
             if target in ("coordinator", "both"):
                 time.sleep(pause_s)
                 self.coordinator.start()
@@ -351,7 +353,7 @@ class Trial:
             thread.join(LIMIT_S + PATIENCE_S)
         stuck = [name for name, thread in zip(names, threads, strict=True) if thread.is_alive()]
         for error in errors.values():
-            if not isinstance(error, _Stopped):
+            if not isinstance(error, _Given):
                 raise error
         assert not stuck, f"{', '.join(stuck)} still waiting"
         assert not errors
@@ -364,7 +366,7 @@ class Trial:
         lost = b""
         while True:
             if self.over.is_set():
-                raise _Stopped
+                raise _Given
             assert time.monotonic() < end, f"{name}: no release within {LIMIT_S:.0f} s"
             try:
                 with self.connect(name) as connection:
@@ -423,7 +425,7 @@ class Trial:
         return int(count)
 
 
-class _Stopped(Exception):
+class _Given(Exception):
     """Another member failed: there is nothing to wait for."""
 
 
@@ -438,13 +440,13 @@ STEPS: Final = (
     "rostered",
     "countersigning",
     "computing",
-    "unread",
+    "releasing",
     "released",
     "fetching",
 )
 """During the upload, after acknowledged bytes; all uploaded, none joined; session open; a join stored and without receipt;
-all receipts given; a roster and no countersignature; one countersignature of three; computing; the enclave has released and
-the coordinator has not read it; released and the enclave not told; in the middle of a fetch."""
+all receipts given; a roster and no countersignature; one countersignature of three; computing; the enclave has
+just released; the release stored and the enclave not told; in the middle of a fetch."""
 
 
 class Fault:
@@ -458,7 +460,7 @@ class Fault:
         self.missed = ""
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
+        self._standing = False
         if step == "uploading":
             trial.broken_uploads = True
         trial.told = self.hear
@@ -487,19 +489,16 @@ class Fault:
             case "joining", "joining":
                 if count == 1:
                     self._later(self._while_joining)
-                    self._hold_until(lambda: "joining" in self._first)
-                else:
-                    self._hold_until(lambda: "joining" in self._first)
-            case ("computing" | "unread" | "released"), "signing":
+                self._hold_until(lambda: self._standing)
+            case ("computing" | "releasing" | "released"), "signing":
                 if count == everybody:
-                    self._later({"computing": self._while_computing, "unread": self._before_read}.get(
-                        self.step, self._before_stored
-                    ))
-                    self._hold_until(lambda: self.step in self._first)
+                    work = {"computing": self._while_computing, "releasing": self._when_releasing}
+                    self._later(work.get(self.step, self._before_stored))
+                    self._hold_until(lambda: self._standing)
 
-    def fire(self) -> None:
+    def fire(self, *, between: Callable[[], object] = lambda: None) -> None:
         """Now."""
-        if not self._trial.kill(self.target):
+        if not self._trial.kill(self.target, between=between):
             self.missed = f"no {self.target} to kill"
         self.fired.set()
 
@@ -520,7 +519,7 @@ class Fault:
         threading.Thread(target=run, daemon=True).start()
 
     def _ready(self) -> None:
-        self._first[self.step] = "ready"
+        self._standing = True
 
     def _phase(self) -> str:
         ((phase,),) = self._trial.coordinator.rows("SELECT phase FROM sessions ORDER BY number DESC LIMIT 1")
@@ -529,32 +528,25 @@ class Fault:
     def _while_joining(self) -> None:
         enclave = self._trial.enclave()
         assert enclave is not None
-        with _stopped([enclave]):
+        with _Stopped([enclave]) as standing:
             self._ready()
             query = "SELECT count(*) FROM joins WHERE receipt IS NULL AND code = ''"
             until(lambda: self._trial.coordinator.rows(query) != [(0,)], LIMIT_S)
-            self.fire()
+            self.fire(between=standing.go_on)
 
     def _while_computing(self) -> None:
-        with _stopped(self._trial.workers()):
+        with _Stopped(self._trial.workers()) as standing:
             self._ready()
             until(lambda: self._phase() == "computing", LIMIT_S)
-            self.fire()
+            self.fire(between=standing.go_on)
 
-    def _before_read(self) -> None:
-        coordinator = self._trial.coordinator
-        assert coordinator.process is not None
-        (folder,) = coordinator.enclaves()
-        workers = _stopped(self._trial.workers())
-        with workers:
-            self._ready()
-            until(lambda: self._phase() == "computing", LIMIT_S)
-            coordinator.process.send_signal(signal.SIGSTOP)
-        process = coordinator.process
-        until(lambda: "computing -> released" in (folder / "log").read_text(), LIMIT_S)
+    def _when_releasing(self) -> None:
+        (folder,) = self._trial.coordinator.enclaves()
+        self._ready()
+        end = time.monotonic() + LIMIT_S
+        while "computing -> released" not in (folder / "log").read_text():
+            assert time.monotonic() < end
         self.fire()
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
 
     def _before_stored(self) -> None:
         query = "SELECT count(*) FROM sessions WHERE phase = 'released' AND NOT stored_told"
@@ -573,22 +565,27 @@ class Fault:
             process.send_signal(signal.SIGCONT)
 
 
-class _stopped:  # noqa: N801  # reads as a block
-    """Processes that stand still in a block."""
+class _Stopped:
+    """Processes that stand still in a block, or until they go on."""
 
     def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
 
-    def __enter__(self) -> None:
-        for pid in self._pids:
-            os.kill(pid, signal.SIGSTOP)
-
-    def __exit__(self, *_error: object) -> None:
+    def go_on(self) -> None:
+        """They run again, those that still live."""
         for pid in self._pids:
             try:
                 os.kill(pid, signal.SIGCONT)
             except ProcessLookupError:
                 continue
+
+    def __enter__(self) -> Self:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.go_on()
 
 
 @dataclass(frozen=True)
@@ -760,4 +757,11 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     assert limits.CHUNK_BYTES < ROWS["ann"] * 25
+    sys.exit(main(sys.argv[1:]))
+      return 1
+    return 0
+
+
+if __name__ == "__main__":
+    assert ROWS["ann"] * 25 > limits.CHUNK_BYTES
     sys.exit(main(sys.argv[1:]))

@@ -87,7 +87,9 @@ def flights(files: dict[str, dict[str, Path]], rules: Sequence[Rule]) -> dict[Ke
         if "flights" in tables
     ]
     planes = read(files["registry"]["planes"])[["tailnum", "engine", "year"]]
-    rows = pd.concat(parts, ignore_index=True).merge(planes, on="tailnum", how="inner").rename(columns={"tailnum": "unit"})
+    rows = (
+        pd.concat(parts, ignore_index=True).merge(planes, on="tailnum", how="inner").rename(columns={"tailnum": "unit"})
+    )
     edges = [float("-inf"), 1994, 2004, float("inf")]
     rows["built"] = pd.cut(rows["year"], edges, right=False, labels=list(BUILT[:3])).astype(object)
     measures = [

@@ -28,7 +28,11 @@ def opened(played: Played) -> VerifiedBundle:
 def party_files(played: Played, name: str) -> dict[str, dict[str, Path]]:
     """The plaintext files that the parties brought: party -> table -> file."""
     return {
-        member: {path.stem: path for path in sorted(played.member(member).iterdir()) if path.stem in ("flights", "planes", "staff")}
+        member: {
+            path.stem: path
+            for path in sorted(played.member(member).iterdir())
+            if path.stem in ("flights", "planes", "staff")
+        }
         for member in agreement_members(DEMOS[name])
         if member != "analyst"
     }

@@ -38,7 +38,9 @@ def backup(
 
 def restore(
     file: Annotated[Path, typer.Argument(help="A backup, as `parley backup` writes it.")],
-    folder: Annotated[Path, typer.Option("--dir", help="Where the files go. Nothing that is there is replaced.")] = Path(),
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where the files go. Nothing that is there is replaced.")
+    ] = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """Put a key with its state back."""

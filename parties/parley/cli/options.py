@@ -47,9 +47,13 @@ def key_path(key: Path | None) -> Path:
         return key
     found = sorted(Path().glob("*.key"))
     if not found:
-        raise Failure("no *.key in this folder: name yours with --key or PARLEY_KEY, or make one with: parley keygen NAME")
+        raise Failure(
+            "no *.key in this folder: name yours with --key or PARLEY_KEY, or make one with: parley keygen NAME"
+        )
     if len(found) > 1:
-        raise Failure(f"several keys in this folder ({', '.join(map(str, found))}): name yours with --key or PARLEY_KEY")
+        raise Failure(
+            f"several keys in this folder ({', '.join(map(str, found))}): name yours with --key or PARLEY_KEY"
+        )
     return found[0]
 
 
@@ -172,5 +176,7 @@ def backup_passphrase(*, again: bool) -> str:
     if given is None and sys.stdin.isatty():
         given = typer.prompt("Passphrase of the backup", hide_input=True, confirmation_prompt=again, err=True)
     if given is None:
-        raise Failure(f"a backup has a passphrase: set {BACKUP_PASSPHRASE}, or use a terminal", Exit.USAGE, "passphrase")
+        raise Failure(
+            f"a backup has a passphrase: set {BACKUP_PASSPHRASE}, or use a terminal", Exit.USAGE, "passphrase"
+        )
     return given

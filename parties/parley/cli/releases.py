@@ -30,7 +30,10 @@ def register(app: typer.Typer) -> None:
 
 def fetch(
     session: Annotated[
-        str, typer.Argument(help="Start of the session's id, or the agreement whose live session is meant.", metavar="SESSION")
+        str,
+        typer.Argument(
+            help="Start of the session's id, or the agreement whose live session is meant.", metavar="SESSION"
+        ),
     ],
     opened: Annotated[
         bool, typer.Option("--open", help="Write a bundle that stands open, so that a stranger can read and verify it.")
@@ -76,7 +79,9 @@ def show(
     release = _release(source, key)
     agreement = release.verified.agreement
     if not len(release):
-        raise Failure("nothing in this bundle is open to you: its outputs are sealed to others", Exit.REFUSED, "not-a-member")
+        raise Failure(
+            "nothing in this bundle is open to you: its outputs are sealed to others", Exit.REFUSED, "not-a-member"
+        )
     if output is not None and output not in release:
         raise Failure(f"{output}: no such output; there are: {', '.join(release)}")
     mark = "SIMULATED" if release.simulated else ""
@@ -135,7 +140,9 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     members = len(agreement.members)
     if release.simulated:
         assert agreement.root_sha256 is not None
-        out.line("platform", f"   SIMULATED, root {agreement.root_sha256.hex()[:4]}...{agreement.root_sha256.hex()[-2:]}")
+        out.line(
+            "platform", f"   SIMULATED, root {agreement.root_sha256.hex()[:4]}...{agreement.root_sha256.hex()[-2:]}"
+        )
     else:
         out.line("platform", "   AWS Nitro")
     versions = "" if agreement.version == 1 else f", version {agreement.version}, with all versions before it"
@@ -145,7 +152,10 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     if str(agreement.session.consent) == "roster":
         out.line("roster", f"   {len(verified.countersigned)} of {included} countersignatures{_without(absent)}")
     else:
-        out.line("roster", f"   {plural(included, 'party', 'parties')}; STANDING consent, nobody countersigned{_without(absent)}")
+        out.line(
+            "roster",
+            f"   {plural(included, 'party', 'parties')}; STANDING consent, nobody countersigned{_without(absent)}",
+        )
     uploads = sum(len(item.uploads) for item in record.body.inputs)
     out.line(
         "record",
@@ -156,9 +166,13 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         found = release.outputs.get(name)
         who = plural(len(agreed.recipients), "recipient")
         if found is None:
-            text = f"{name}: sealed for {who}; commitment present, not opened (needs a recipient's key, or fetch --open)"
+            text = (
+                f"{name}: sealed for {who}; commitment present, not opened (needs a recipient's key, or fetch --open)"
+            )
         else:
-            text = f"{name}: stands open and fits its commitment; {found.shown} of {found.table.rows} combinations shown"
+            text = (
+                f"{name}: stands open and fits its commitment; {found.shown} of {found.table.rows} combinations shown"
+            )
         out.line("output", f"   {text}")
     if release.simulated:
         out.text("valid, and simulated: it shows that the software agrees, not that hardware protected anything")
@@ -194,7 +208,9 @@ def receipts(key: KeyOption = None, as_json: JsonOption = False) -> None:
     for item in kept:
         receipt = item.receipt
         uploads = ", ".join(short(upload) for upload in receipt.uploads)
-        rows.append((short(receipt.digest), session_name(item.session), when(receipt.admitted_at), f"uploads {uploads}"))
+        rows.append(
+            (short(receipt.digest), session_name(item.session), when(receipt.admitted_at), f"uploads {uploads}")
+        )
         out.result(
             receipt=receipt.digest.hex(),
             session=item.session.hex(),

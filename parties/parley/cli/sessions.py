@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from parley_protocol.claims import VerifiedOffer
 
 SessionArgument = Annotated[
-    str, typer.Argument(help="Start of the session's id, or the agreement whose live session is meant.", metavar="SESSION")
+    str,
+    typer.Argument(help="Start of the session's id, or the agreement whose live session is meant.", metavar="SESSION"),
 ]
 AgreementArgument = Annotated[
     str, typer.Argument(help="Title, start of the digest, or file of an agreement.", metavar="AGREEMENT")
@@ -130,7 +131,8 @@ def open_(
 def attest(
     session: SessionArgument,
     trust_head: Annotated[
-        str | None, typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost.")
+        str | None,
+        typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost."),
     ] = None,
     key: KeyOption = None,
     to: ToOption = None,
@@ -165,7 +167,8 @@ def _verified(session: Session, out: Console, trust_head: str | None) -> Verifie
     age = max(0, _now_ms() - enclave.timestamp_ms) // 1000
     root = ", SIMULATED root" if enclave.simulated else ""
     out.line(
-        "enclave", f"verified: image {short(enclave.measurement.pcr0)}, this agreement, head {head}, document {age} s old{root}"
+        "enclave",
+        f"verified: image {short(enclave.measurement.pcr0)}, this agreement, head {head}, document {age} s old{root}",
     )
     return offer
 
@@ -175,13 +178,18 @@ def _verified(session: Session, out: Console, trust_head: str | None) -> Verifie
 
 def submit(
     agreement: AgreementArgument,
-    tables: Annotated[list[str], typer.Argument(help="TABLE=FILE for each table that you bring.", metavar="TABLE=FILE...")],
+    tables: Annotated[
+        list[str], typer.Argument(help="TABLE=FILE for each table that you bring.", metavar="TABLE=FILE...")
+    ],
     sign: Annotated[
         bool, typer.Option("--sign/--no-sign", help="Countersign the roster by itself when no party is absent.")
     ] = True,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the release, and sign the roster meanwhile.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for the release, and sign the roster meanwhile.")
+    ] = True,
     trust_head: Annotated[
-        str | None, typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost.")
+        str | None,
+        typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost."),
     ] = None,
     key: KeyOption = None,
     to: ToOption = None,
@@ -267,13 +275,25 @@ def _wait(session: Session, out: Console, *, sign: bool, yes: bool = False) -> N
             missing = [party for party, phase in status.parties if phase not in ("joined", "countersigned")]
             if missing:
                 by_itself = "signs the roster by itself when all are in" if sign else "does not sign the roster"
-                tell("waiting", "waiting", f"for {_names(missing)}; {by_itself}.  Ctrl-C is safe: run the same line again.")
+                tell(
+                    "waiting",
+                    "waiting",
+                    f"for {_names(missing)}; {by_itself}.  Ctrl-C is safe: run the same line again.",
+                )
             else:
-                tell("all-in", "waiting", f"all parties are in; for the start by {_names(list(session.agreement.session.start))}")
+                tell(
+                    "all-in",
+                    "waiting",
+                    f"all parties are in; for the start by {_names(list(session.agreement.session.start))}",
+                )
         elif status.phase in ("rostered", "computing", "released"):
             mine = dict(status.parties).get(session.name)
             if status.phase != "rostered" or mine == "countersigned":
-                tell("signed", "roster", f"{_included(session, status)}; countersigned" if mine else _included(session, status))
+                tell(
+                    "signed",
+                    "roster",
+                    f"{_included(session, status)}; countersigned" if mine else _included(session, status),
+                )
         if status.phase == "released":
             tell("released", "released", f"parley fetch {session_name(session.id)}")
 
@@ -289,7 +309,9 @@ def _wait(session: Session, out: Console, *, sign: bool, yes: bool = False) -> N
             out.line("roster", error.message)
             if not out.confirm("Sign it?", yes=False):
                 raise Failure(
-                    f"the roster is not signed; look at it: parley roster show {session_name(session.id)}", Exit.REFUSED, "roster"
+                    f"the roster is not signed; look at it: parley roster show {session_name(session.id)}",
+                    Exit.REFUSED,
+                    "roster",
                 ) from None
             session.countersign(by_hand=True)
 
@@ -309,9 +331,12 @@ def join(
     sign: Annotated[
         bool, typer.Option("--sign/--no-sign", help="Countersign the roster by itself when no party is absent.")
     ] = True,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the release, and sign the roster meanwhile.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for the release, and sign the roster meanwhile.")
+    ] = True,
     trust_head: Annotated[
-        str | None, typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost.")
+        str | None,
+        typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost."),
     ] = None,
     key: KeyOption = None,
     to: ToOption = None,
@@ -335,7 +360,9 @@ def join(
 
 def start(
     session: SessionArgument,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the countersignatures and the result.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait for the countersignatures and the result.")
+    ] = True,
     key: KeyOption = None,
     to: ToOption = None,
     cert: CertOption = None,
@@ -478,7 +505,9 @@ def status(
 
 
 def watch(
-    session: Annotated[str | None, typer.Argument(help="Start of the session's id, or an agreement; all where left out.")] = None,
+    session: Annotated[
+        str | None, typer.Argument(help="Start of the session's id, or an agreement; all where left out.")
+    ] = None,
     after: Annotated[int, typer.Option(help="Number of the last event that you have seen.", min=0)] = 0,
     key: KeyOption = None,
     to: ToOption = None,

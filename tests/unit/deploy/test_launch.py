@@ -29,9 +29,22 @@ def folder() -> Iterator[Path]:
 
 
 def launch(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "parley_deploy.enclave", "--dir", str(folder / "one"), "--root", str(folder / "root")]
+    command = [
+        sys.executable,
+        "-m",
+        "parley_deploy.enclave",
+        "--dir",
+        str(folder / "one"),
+        "--root",
+        str(folder / "root"),
+    ]
     return subprocess.run(
-        [*command, "--workers", "1"], env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60
+        [*command, "--workers", "1"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
