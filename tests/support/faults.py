@@ -75,14 +75,23 @@ class Ledger:
         with self._lock:
             self.sent[upload] += length
             if offset < self._acknowledged[upload]:
-                self.twice.append(f"{upload[:8]}: bytes from {offset}, of which {self._acknowledged[upload]} were stored")
+                self.twice.append(
+                    f"{upload[:8]}: bytes from {offset}, of which {self._acknowledged[upload]} were stored"
+                )
 
 
 class Wire(Transport):
     """A client's wire that tells each step, and enters what it sends in a ledger."""
 
     def __init__(
-        self, address: str, member: Member, certificate: str, told: Told, ledger: Ledger, *, patience_s: float = PATIENCE_S
+        self,
+        address: str,
+        member: Member,
+        certificate: str,
+        told: Told,
+        ledger: Ledger,
+        *,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._told = told
         self._ledger = ledger
@@ -421,7 +430,9 @@ class Trial:
     @property
     def lost(self) -> int:
         """How many sessions were lost."""
-        ((count,),) = self.coordinator.rows("SELECT count(*) FROM sessions WHERE phase = 'lost' AND session IS NOT NULL")
+        ((count,),) = self.coordinator.rows(
+            "SELECT count(*) FROM sessions WHERE phase = 'lost' AND session IS NOT NULL"
+        )
         return int(count)
 
 
@@ -490,7 +501,7 @@ class Fault:
                 if count == 1:
                     self._later(self._while_joining)
                 self._hold_until(lambda: self._standing)
-            case ("computing" | "releasing" | "released"), "signing":
+            case (("computing" | "releasing" | "released"), "signing"):
                 if count == everybody:
                     work = {"computing": self._while_computing, "releasing": self._when_releasing}
                     self._later(work.get(self.step, self._before_stored))
@@ -752,13 +763,6 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         _say("error", type(error).__name__, getattr(error, "code", "-"), str(error).replace("\n", " "))
         return 1
-    return 0
-
-
-if __name__ == "__main__":
-    assert limits.CHUNK_BYTES < ROWS["ann"] * 25
-    sys.exit(main(sys.argv[1:]))
-      return 1
     return 0
 
 
