@@ -205,10 +205,22 @@ def _known(node: Node, truth: bool) -> frozenset[ColumnRef]:
         sets = [_known(operand, truth) for operand in node.operands]
         every = isinstance(node, And) is truth
         return frozenset[ColumnRef]().union(*sets) if every else sets[0].intersection(*sets[1:])
-    if isinstance(node, IsNull) and node.negated is not truth:
+    if isinstance(node, IsNull):
+        return _strict(node.operand) if node.negated is truth else frozenset()
+    return _strict(node)
+
+
+def _strict(node: Node) -> frozenset[ColumnRef]:
+    """The columns that make `node` null wherever they are: `is null` sees a null, and `or` and `and` may get over it."""
+    if isinstance(node, ColumnNode):
+        return frozenset((node.ref,))
+    if isinstance(node, IsNull | Literal):
         return frozenset()
-    # All else is null as soon as anything below it is.
-    return frozenset(below.ref for below in walk(node) if isinstance(below, ColumnNode))
+    if isinstance(node, And | Or):
+        sets = [_strict(operand) for operand in node.operands]
+        return sets[0].intersection(*sets[1:])
+    below = (node.left, node.right) if isinstance(node, Arithmetic | Compare) else (node.operand,)
+    return frozenset[ColumnRef]().union(*(_strict(child) for child in below))
 
 
 def walk(node: Node) -> Iterator[Node]:

@@ -238,6 +238,13 @@ NEVER_NULL = [
     ("smoker", {"smoker"}),
     ("smoker or true", set()),
     ("(region == 'EU' and smoker) or region == 'US'", {"region"}),
+    # Inside a comparison of truth values `is null` still sees nulls, and `or` gets over them.
+    ("(pay > 1) == (region is null)", {"pay"}),
+    ("(region is null) in [true]", set()),
+    ("(pay > 1 or true) == true", set()),
+    ("(pay > 1 or pay < 0) == smoker", {"pay", "smoker"}),
+    ("(pay > 1 or true) is not null", set()),
+    ("not ((region is null) is null)", set()),
 ]
 
 
