@@ -130,11 +130,14 @@ def test_commands_exist(page: str, line: str) -> None:
 
 
 def _check_coordinator(words: list[str]) -> None:
-    path = words[:1] if words and not words[0].startswith("-") else []
-    page = _output("parley-coordinator", *path, "--help")
+    page, path = _output("parley-coordinator", "--help"), words[:0]
     for word in words:
         if word.startswith("-"):
             assert word.partition("=")[0] in page, f"parley-coordinator {' '.join(path)} has no option {word}"
+        elif re.search(rf"^    {re.escape(word)}\b|[{{,]{re.escape(word)}[,}}]", page, re.MULTILINE):
+            path = [*path, word]
+            page += _output("parley-coordinator", *path, "--help")
+    assert path or all(word.startswith("-") for word in words), f"parley-coordinator has no command {words[0]}"
 
 
 def _output(program: str, *arguments: str) -> str:
