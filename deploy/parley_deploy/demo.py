@@ -12,6 +12,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import IO, Annotated, Final
 
 import typer
 
@@ -30,6 +32,8 @@ from parley_deploy import data, local
 
 COMMAND_SECONDS: Final = 300
 """Longest a command of a demo may take; a machine that is busy needs a tenth of it."""
+START_SECONDS: Final = 60
+"""How long the process that forks the members may take to import the client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +85,57 @@ class Ended:
         return [json.loads(line) for line in self.out]
 
 
+class Nursery:
+    """The process that forks the members' processes: `parley_deploy.member`."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "members.sock"
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        for name in ("PARLEY_KEY", "PARLEY_PASSPHRASE", "PARLEY_TO", "PARLEY_COORDINATOR", "PARLEY_CERT"):
+            environment.pop(name, None)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.settimeout(START_SECONDS)
+            self._process = subprocess.Popen([sys.executable, "-m", "parley_deploy.member", str(path)], env=environment)
+            try:
+                self._asking, _ = listener.accept()
+            except TimeoutError:
+                self._process.kill()
+                raise DemoError("the members' processes do not start") from None
+            finally:
+                path.unlink()
+        self._lock = threading.Lock()
+
+    def fork(self, folder: Path, environment: Mapping[str, str]) -> tuple[int, IO[str], IO[str]]:
+        """A new member's process: its id, its commands and its answers."""
+        commands, ours = os.pipe()
+        theirs, answers = os.pipe()
+        request = json.dumps({"folder": str(folder), "environment": dict(environment)}).encode()
+        with self._lock:
+            socket.send_fds(self._asking, [request], [commands, answers])
+            pid = int(self._asking.recv(64) or b"0")
+        os.close(commands)
+        os.close(answers)
+        if not pid:
+            raise DemoError("the members' processes have ended")
+        return pid, os.fdopen(ours, "w", encoding="utf-8"), os.fdopen(theirs, encoding="utf-8")
+
+    def close(self) -> None:
+        """Ends the process; its members end when they are closed."""
+        self._asking.close()
+        self._process.wait()
+
+
 class Member:
     """A member's process. Commands run one after the other, each as a future of how it ended."""
 
-    def __init__(self, name: str, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, nursery: Nursery, name: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         self.folder = folder
         self.environment = environment
         folder.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "parley_deploy.member", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
-            text=True,
-        )
+        self._pid, self._commands, self._answers = nursery.fork(folder, environment)
         self._turn = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def run(self, *arguments: str, listen: Callable[[str], None] | None = None) -> Future[Ended]:
@@ -103,12 +143,10 @@ class Member:
         return self._turn.submit(self._run, arguments, listen)
 
     def _run(self, arguments: Sequence[str], listen: Callable[[str], None] | None) -> Ended:
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(arguments) + "\n")
-        process.stdin.flush()
+        self._commands.write(json.dumps(arguments) + "\n")
+        self._commands.flush()
         lines: dict[str, list[str]] = {"out": [], "err": []}
-        for text in process.stdout:
+        for text in self._answers:
             message = json.loads(text)
             if "exit" in message:
                 return Ended(message["exit"], tuple(lines["out"]), tuple(lines["err"]))
@@ -125,14 +163,14 @@ class Member:
         self.close()
 
     def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._turn.shutdown(wait=False, cancel_futures=True)
+        """Ends the process, whatever it does."""
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        # Its end closes its answers, and with them the thread that may wait for one.
+        self._turn.shutdown(wait=True, cancel_futures=True)
+        with suppress(BrokenPipeError):
+            self._commands.close()
+        self._answers.close()
 
 
 class Screen:
@@ -188,18 +226,23 @@ class Play:
         with ExitStack() as closing:
             stack = local.Stack.made(self.folder / "operator", listen=f"127.0.0.1:{local.free_port()}")
             closing.callback(stack.stop)
+            self.nursery = Nursery(self.folder)
+            closing.callback(self.nursery.close)
+            # The operator's work and the members' own go on side by side.
+            operator = closing.enter_context(ThreadPoolExecutor(1, thread_name_prefix="operator"))
+            running = operator.submit(stack.start)
             names = agreement_members(self.demo)
             for name in names:
-                self.members[name] = Member(name, self.folder / "members" / name, stack.environment)
+                self.members[name] = Member(self.nursery, name, self.folder / "members" / name, stack.environment)
                 closing.callback(self.members[name].close)
-            # Members read their libraries while the operator's files and the data are made.
             split = data.split_flights if self.demo.name == "flights" else data.split_pay
             self.files = split(self.folder / "members")
             self.screen.remark(f"{len(names)} members, each a process with a folder of its own; {self.demo.summary}")
             fingerprints = self._keys()
-            stack.allow([self.folder / "keys" / f"{self.demo.starter}.pub"])
-            stack.start()
+            allowed = operator.submit(stack.allow, [self.folder / "keys" / f"{self.demo.starter}.pub"])
             self._contacts(fingerprints)
+            running.result(COMMAND_SECONDS)
+            allowed.result(COMMAND_SECONDS)
             self._agreement(stack)
             session = self._session()
             bundle, opened = self._release(session)
@@ -254,7 +297,8 @@ class Play:
                     raise DemoError(f"{name}: submit ended without a receipt")
         if demo.starter in self.files:
             # This member's own `submit` is still waiting: a second window.
-            with Member(demo.starter, self.members[demo.starter].folder, self.members[demo.starter].environment) as window:
+            starter = self.members[demo.starter]
+            with Member(self.nursery, demo.starter, starter.folder, starter.environment) as window:
                 self.one(demo.starter, ["start", session], window=window)
         else:
             self.one(demo.starter, ["inbox"])
@@ -284,7 +328,7 @@ class Play:
         auditor.mkdir(exist_ok=True)
         for name in (bundle, opened):
             shutil.copy(reader.folder / name, auditor)
-        with Member("auditor", auditor, {}) as window:
+        with Member(self.nursery, "auditor", auditor, {}) as window:
             self.one("auditor", ["verify", bundle], window=window)
             self.one("auditor", ["verify", opened], window=window)
         return auditor / bundle, auditor / opened

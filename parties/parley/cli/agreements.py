@@ -22,10 +22,11 @@ from parley.cli.options import (
     member,
     read_agreement,
 )
-from parley.cli.summary import lines, notes
+from parley.cli.summary import lines
 
 if TYPE_CHECKING:
-    from parley import Agreement
+    from parley_protocol.agreement.lint import Note
+    from parley_protocol.agreement.model import Agreement
 
 Reference = Annotated[
     str, typer.Argument(help="Title, start of the digest, or file of an agreement.", metavar="AGREEMENT")
@@ -135,9 +136,20 @@ def check(
         out.text(plural(len(error.problems), "error"))
         raise typer.Exit(Exit.DATA) from None
     out.text(headline(agreement))
-    for note in notes(agreement):
-        out.line("note", note)
-    out.result(**facts(agreement), notes=notes(agreement))
+    for note in _notes(agreement):
+        out.line(note.level, note.message)
+    out.result(**facts(agreement), notes=[_plain(note) for note in _notes(agreement)])
+
+
+def _notes(agreement: Agreement) -> tuple[Note, ...]:
+    from parley.clock import now_ms
+    from parley_protocol.agreement.lint import lint
+
+    return lint(agreement, now_ms())
+
+
+def _plain(note: Note) -> dict[str, str]:
+    return {"level": str(note.level), "field": note.path, "message": note.message}
 
 
 def headline(agreement: Agreement) -> str:
@@ -185,11 +197,11 @@ def show(
     out.text()
     for line in lines(found, own_name(found, key)):
         out.text(line)
-    for note in notes(found):
-        out.line("note", note)
+    for note in _notes(found):
+        out.line(note.level, note.message)
     missing = signed.missing()
     out.line("signed", f"{len(found.members) - len(missing)} of {len(found.members)}{_without(missing)}")
-    out.result(**facts(found), text=text(found), missing=list(missing), notes=notes(found))
+    out.result(**facts(found), text=text(found), missing=list(missing), notes=[_plain(note) for note in _notes(found)])
 
 
 def own_name(agreement: Agreement, key: Path | None) -> str | None:
@@ -272,6 +284,8 @@ def sign(
         name = me.name_in(found)
         for line in lines(found, name):
             out.text(line)
+        for note in _notes(found):
+            out.text(f"{note.level.capitalize():<15}{note.message}")
         open_ = me.contacts.unconfirmed(found)
         confirmed = len(found.members) - 1 - len(open_)
         out.text(

@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated, Any, Final, ParamSpec
 
@@ -170,7 +171,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def preload() -> None:
     """Imports what commands import when they run, so that the first one of a long-lived process is as fast as the next."""
-
+    for name in ("parley.connection", "parley.reading", "parley.release", "parley.cli.summary"):
+        import_module(name)
     _command()
 
 

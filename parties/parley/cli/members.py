@@ -53,10 +53,16 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Put public keys into your contacts, not yet confirmed. Yours is left out."""
+    from parley_protocol.identity import PublicIdentity, load_public
+
     out = Console(as_json)
     me = member(key)
+    keys: dict[str, PublicIdentity] = {}
     for path in files:
-        contact = me.contacts.add(path)
+        if path.stem in keys:
+            raise Failure(f"{path}: a second file for {path.stem}")
+        keys[path.stem] = load_public(path.read_bytes())
+    for contact in me.contacts.put_all(keys):
         out.line(contact.name, f"{contact.fingerprint}  {'confirmed' if contact.confirmed else 'compare it with its owner'}")
         out.result(name=contact.name, fingerprint=contact.fingerprint, confirmed=contact.confirmed)
 
@@ -90,11 +96,10 @@ def confirm(
         if not out.confirm(f"{name}  {shown}\nHave you compared this fingerprint with {name}?", yes):
             raise Failure(f"{name} is not confirmed", Exit.REFUSED, "state")
         pairs = [(name, shown)]
-    for who, told in pairs:
-        if who != me.name:
-            me.contacts.confirm(who, told)
-    out.line("confirmed", plural(sum(who != me.name for who, _ in pairs), "contact"))
-    out.result(confirmed=[who for who, _ in pairs if who != me.name])
+    # One's own name may stand in a list that all members share.
+    found = me.contacts.confirm_all({who: told for who, told in pairs if who != me.name})
+    out.line("confirmed", plural(len(found), "contact"))
+    out.result(confirmed=[contact.name for contact in found])
 
 
 def _read_list(path: Path) -> list[tuple[str, str]]:

@@ -180,32 +180,3 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
         ),
         ("Expires", f"after {agreement.expires.isoformat()}, UTC"),
     ]
-
-
-def notes(agreement: Agreement) -> list[str]:
-    """What is allowed and yet worth a second look before signing."""
-    found = []
-    idle = [name for name in agreement.parties if name not in agreement.recipients]
-    if idle:
-        found.append(f"{_some(idle)} {'receives' if len(idle) == 1 else 'receive'} no output")
-    alone = [name for name in agreement.members if name not in agreement.parties and name not in agreement.recipients]
-    if alone:
-        found.append(
-            f"{_some(alone)} {'brings' if len(alone) == 1 else 'bring'} and {'receives' if len(alone) == 1 else 'receive'} nothing"
-        )
-    for output in agreement.outputs.values():
-        parties = len(agreement.tables[output.table].parties)
-        needed = max(rules.parties_needed for rules in agreement.rules)
-        if needed >= parties:
-            found.append(
-                f"{output.name}: each of its {parties} {party_word(agreement)} must stand behind every value that is shown"
-            )
-    if any(rules.coalition == 0 for rules in agreement.rules):
-        found.append("coalition: 0 trusts every party not to invent rows")
-    if str(agreement.session.consent) == "standing":
-        found.append("consent: standing lets computations run that no party has countersigned")
-    return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:5])} and {len(names) - 5} others"
