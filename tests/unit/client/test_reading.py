@@ -222,12 +222,12 @@ def test_more_rows_of_a_unit_than_agreed(tmp_path: Path) -> None:
 def test_files_that_are_no_tables(tmp_path: Path, name: str) -> None:
     if not name.startswith("missing"):
         write(tmp_path, b"hushhush", name)
-    with pytest.raises(DataError, match="no such file|not a"):
+    with pytest.raises(DataError, match=r"no such file|not a"):
         read(tmp_path / name)
 
 
 def test_an_identifier_with_a_nul(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="staff.csv, row 3, column 'id': a NUL character"):
+    with pytest.raises(DataError, match=r"staff.csv, row 3, column 'id': a NUL character"):
         read(write(tmp_path, HEADER + GOOD + "hush\0hush,,,,,,,\n"))
 
 

@@ -66,9 +66,9 @@ def test_tab_3_a_blob_holds_what_the_table_holds(desk: Desk, rows: int, groups: 
             values.append(np.frombuffer(table.open_frame(frames, group, column, frame_bytes), dtype))
     keys, amount, score, site = (np.concatenate(values) for values in columns)
     assert (np.diff(keys[:rows].astype(object)) >= 0).all() and (keys[rows:] == table.KEY_PAD).all()
-    for column, values in zip(spec.columns, (amount, score, site), strict=True):
-        pad = values[rows:]
-        assert (np.isnan(pad) if column.type == "float" else pad == column.null_value).all()
+    for agreed, found in zip(spec.columns, (amount, score, site), strict=True):
+        pad = found[rows:]
+        assert (np.isnan(pad) if agreed.type == "float" else pad == agreed.null_value).all()
     cents = [round(float(value) * 100) for value in frame["amount"]]
     assert sorted(amount[:rows].tolist()) == sorted(cents)
     assert sorted(score[:rows].tolist()) == pytest.approx(sorted(frame["score"]), abs=0)
