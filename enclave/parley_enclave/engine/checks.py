@@ -1,4 +1,4 @@
-"""Admission of a sealed table: every frame pulled once and checked, in bounded memory (SPEC adm-10 to adm-19).
+"""Admission of a sealed table: every frame pulled once and checked, in bounded memory (SPEC adm-10 to adm-18).
 
 A refusal has a stable code and holds no value of the data.
 """
