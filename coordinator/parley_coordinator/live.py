@@ -262,6 +262,10 @@ class Live:
             if phase in ("rostered", "computing"):
                 member = state.missing[0] if state.code == "roster" and state.missing else ""
                 self._roster_ended("declined" if state.code == "roster" else "lapsed", member)
+            if self._world.clock() >= self._agreement.expires_ms:
+                # Nothing can be started any more, and the enclave has another use.
+                self.lose("expired")
+                return
             self._keep_joins(set(state.joined))
             self._relay_joins()
         else:
@@ -757,20 +761,21 @@ def lose(world: World, number: int, code: str) -> None:
     log.warning("lost", number=number, code=code)
 
 
-def tell_stored(world: World, number: int, handle: EnclaveHandle) -> None:
-    """Tells an enclave that its release is stored, and ends it: with it goes what is left of the session's keys."""
-    with world.store.read() as session:
-        row = session.get_one(SessionRow, number)
-        record = session.scalar(select(RecordRow).where(RecordRow.number == number))
-    assert record is not None and row.session is not None
-    statement = sha384(payload_unverified(record.cose))
-    request = enclave_pb2.Ask(stored=enclave_pb2.Stored(session=row.session, record=statement))
-    try:
-        relay.Channel(handle.address).ask(request, world.deadlines.short_s)
-    except ParleyError as error:
-        # It is ended anyway; what it would have forgotten goes with its memory.
-        log.warning("stored-not-told", session=log.short(row.session), code=error.code)
-    world.launcher.stop(handle)
+def tell_stored(world: World, number: int, handle: EnclaveHandle | None) -> None:
+    """Tells an enclave, where it is still there, that its release is stored, and ends it: with it goes what is left of the
+    session's keys."""
+    if handle is not None:
+        with world.store.read() as session:
+            row = session.get_one(SessionRow, number)
+            record = session.scalar(select(RecordRow).where(RecordRow.number == number))
+        assert record is not None and row.session is not None
+        stored = enclave_pb2.Stored(session=row.session, record=sha384(payload_unverified(record.cose)))
+        try:
+            relay.Channel(handle.address).ask(enclave_pb2.Ask(stored=stored), world.deadlines.short_s)
+        except ParleyError as error:
+            # It is ended anyway; what it would have forgotten goes with its memory.
+            log.warning("stored-not-told", session=log.short(row.session), code=error.code)
+        world.launcher.stop(handle)
     with world.store.write() as session:
         session.get_one(SessionRow, number).stored_told = True
 

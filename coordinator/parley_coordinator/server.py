@@ -34,8 +34,10 @@ from parley_protocol.v1.coordinator_pb2_grpc import add_CoordinatorServicer_to_s
 
 QUICK: Final = 8
 """Threads for what takes milliseconds: store and disk."""
-LONG: Final = 96
-"""Threads that wait for an enclave: a join of each of many parties at a time; fewer than the enclave takes connections."""
+LONG: Final = 24
+"""Threads that wait for an enclave which answers soon, or starts."""
+JOINS: Final = 64
+"""Joins that are judged at a time, over all enclaves; more wait. With LONG fewer than one enclave takes connections."""
 SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
 
@@ -64,7 +66,8 @@ async def serve(config: Config) -> None:
     )
     quick = ThreadPoolExecutor(QUICK, thread_name_prefix="quick")
     long = ThreadPoolExecutor(LONG, thread_name_prefix="long")
-    service = Service(parts, bell, quick, long)
+    joins = ThreadPoolExecutor(JOINS, thread_name_prefix="join")
+    service = Service(parts, bell, quick, long, joins)
     await loop.run_in_executor(long, sessions.recover)
     server = _server(config)
     add_CoordinatorServicer_to_server(service, server)
@@ -92,8 +95,8 @@ async def serve(config: Config) -> None:
     service.stop()
     await server.stop(config.grace_s)
     await loop.run_in_executor(quick, sessions.close)
-    long.shutdown()
-    quick.shutdown()
+    for pool in (joins, long, quick):
+        pool.shutdown()
     store.close()
     config.address_file.unlink(missing_ok=True)
     log.info("stopped")

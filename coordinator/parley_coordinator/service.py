@@ -65,13 +65,15 @@ class Parts:
 
 
 class Service(CoordinatorServicer):
-    """The methods of coordinator.proto. `quick` and `long` are pools of threads."""
+    """The methods of coordinator.proto. Pools of threads: `quick` for store and disk, `long` for what an enclave answers at
+    once, `joins` for what it takes its time for."""
 
-    def __init__(self, parts: Parts, bell: Bell, quick: Executor, long: Executor) -> None:
+    def __init__(self, parts: Parts, bell: Bell, quick: Executor, long: Executor, joins: Executor) -> None:
         self._parts = parts
         self._bell = bell
         self._quick = quick
         self._long = long
+        self._joins = joins
         self._watches: Counter[bytes] = Counter()
         self._stopping = asyncio.Event()
 
@@ -167,7 +169,7 @@ class Service(CoordinatorServicer):
             if row.complete_ms is not None:
                 return _upload(UploadView(row.stored, row.size, complete=True))
             manager = self._parts.uploads.writing(row)
-            writing = await self._in(self._quick, manager.__enter__)
+            writing = await self._in(self._long, manager.__enter__)
             before = writing.position
             try:
                 await self._receive(request_iterator, writing)
@@ -188,6 +190,9 @@ class Service(CoordinatorServicer):
         except ParleyError as error:
             log.info("rpc", method="Upload", caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
+        except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
+            log.fault("rpc-failed", method="Upload", caller=log.who(key))
+            await _abort(context, RefusedError("internal"))
 
     async def _receive(self, requests: AsyncIterator[pb.UploadRequest], writing: Writing) -> None:
         # Few messages wait here: behind them the client waits, held by HTTP/2's flow control.
@@ -208,6 +213,7 @@ class Service(CoordinatorServicer):
                     await syncing
         finally:
             reading.cancel()
+            await asyncio.wait([reading])
             if syncing is not None:
                 await asyncio.shield(asyncio.wait([syncing]))
         if syncing is not None:
@@ -268,7 +274,7 @@ class Service(CoordinatorServicer):
             receipt, code = self._parts.sessions.join(key, request.session, request.cose)
             return pb.JoinReply(receipt=receipt, code=code)
 
-        return await self._call(context, "PutJoin", self._long, join)
+        return await self._call(context, "PutJoin", self._joins, join)
 
     async def Start(self, request: pb.StartRequest, context: _Context) -> pb.RosterReply:
         return await self._call(

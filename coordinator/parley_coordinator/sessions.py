@@ -172,35 +172,29 @@ class Sessions:
 
     def recover(self) -> None:
         """Finds the enclaves of all live sessions again; sessions without one are lost, enclaves without one are ended."""
-        handles = {handle.agreement: handle for handle in self._world.launcher.find()}
+        handles = {handle.id: handle for handle in self._world.launcher.find()}
         with self._world.store.read() as session:
             rows = list(session.scalars(select(SessionRow).where(SessionRow.phase.in_(LIVE))))
             untold = list(
                 session.scalars(select(SessionRow).where(SessionRow.phase == "released", ~SessionRow.stored_told))
             )
-            agreements = {row.agreement: session.get_one(AgreementRow, row.agreement) for row in (*rows, *untold)}
+            agreements = {row.agreement: session.get_one(AgreementRow, row.agreement) for row in rows}
         for row in rows:
-            handle = handles.pop(row.agreement, None)
+            agreement = agreements[row.agreement]
             if row.phase == "launching":
-                threading.Thread(
-                    target=self._relaunch, args=(row.number, agreements[row.agreement]), daemon=True
-                ).start()
-            elif handle is None or handle.id != row.enclave:
+                begun = next((found for found in handles.values() if found.agreement == row.agreement), None)
+                if begun is not None:
+                    del handles[begun.id]
+                threading.Thread(target=self._relaunch, args=(row.number, agreement), daemon=True).start()
+            elif (handle := handles.pop(row.enclave, None)) is not None:
+                self._reattach(row.number, agreement, handle)
+            else:
                 live.lose(self._world, row.number, "lost")
-                if handle is not None:
-                    self._world.launcher.stop(handle)
-            else:
-                self._reattach(row.number, agreements[row.agreement], handle)
         for row in untold:
-            handle = handles.pop(row.agreement, None)
-            if handle is not None:
-                live.tell_stored(self._world, row.number, handle)
-            else:
-                with self._world.store.write() as session:
-                    session.get_one(SessionRow, row.number).stored_told = True
-        for handle in handles.values():
-            log.warning("enclave-without-session", enclave=handle.id)
-            self._world.launcher.stop(handle)
+            live.tell_stored(self._world, row.number, handles.pop(row.enclave, None))
+        for stray in handles.values():
+            log.warning("enclave-without-session", enclave=stray.id)
+            self._world.launcher.stop(stray)
 
     def _reattach(self, number: int, agreement: AgreementRow, handle: EnclaveHandle) -> None:
         try:

@@ -6,6 +6,7 @@ writes takes the lock at its beginning, so it never fails in the middle because 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ from parley_coordinator.models import (
 )
 from parley_protocol.errors import RefusedError
 
+CONNECTIONS: Final = 16
+"""Connections that are kept; as many more under load."""
 BUSY_S: Final = 30
 """How long a transaction waits for another one, such as that of `parley-coordinator operators`."""
 
@@ -46,7 +49,11 @@ class Store:
         if sqlite and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         self._listeners: list[Callable[[], None]] = []
-        self._engine = create_engine(parsed, connect_args={"timeout": BUSY_S} if sqlite else {})
+        # In this process writers wait in turn; only between processes the database has to be asked again and again.
+        self._turn = threading.Lock()
+        self._engine = create_engine(
+            parsed, connect_args={"timeout": BUSY_S} if sqlite else {}, pool_size=CONNECTIONS, max_overflow=CONNECTIONS
+        )
         if sqlite:
             event.listen(self._engine, "connect", _pragmas)
             event.listen(self._engine, "begin", _begin)
@@ -77,7 +84,7 @@ class Store:
     def write(self) -> Iterator[Session]:
         """A transaction that may write: all of it is durable when the block ends, or nothing is after an exception."""
         with Session(self._writer, expire_on_commit=False) as session:
-            with session.begin():
+            with self._turn, session.begin():
                 yield session
             happened = session.info.get("events", False)
         if happened:

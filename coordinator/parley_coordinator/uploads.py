@@ -27,7 +27,8 @@ from parley_protocol.errors import MalformedError, RefusedError
 from parley_protocol.table import Layout
 from parley_protocol.transcript import Upload
 
-BUSY_MS: Final = 1000
+HANDOVER_S: Final = 10.0
+"""How long a stream waits for the one that it takes over from, whose last bytes are on their way to the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,10 @@ class Writing:
 class Uploads:
     """What may be done with uploads. `key` is the caller's."""
 
-    def __init__(self, store: Store, blobs: BlobStore, quotas: Quotas, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, blobs: BlobStore, quotas: Quotas, clock: Clock, handover_s: float = HANDOVER_S
+    ) -> None:
+        self._handover_s = handover_s
         self._store = store
         self._blobs = blobs
         self._quotas = quotas
@@ -183,7 +187,7 @@ class Uploads:
             before = self._writing.get(row.number)
             if before is not None:
                 before.superseded.set()
-        if before is not None and not before.wait_end(BUSY_MS / 1000):
+        if before is not None and not before.wait_end(self._handover_s):
             raise RefusedError("busy", "another stream still writes this upload")
         with self._lock:
             if row.number in self._writing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -24,9 +25,12 @@ from parley_deploy.pki import system_now_ms
 from parley_protocol.agreement.model import Consent, Measurement
 from parley_protocol.bundle import VerifiedBundle, verify_bundle
 from parley_protocol.chain import verify_chain
+from parley_protocol.claims import verify_offer
+from parley_protocol.errors import VerificationError
 from parley_protocol.transcript import GENESIS, Refusal
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2
+from support import image_tree
 from support.coordinator import Coordinator, Play, now_ms, refused
 from support.enclave import Party, Simulation, agreement_of, identities, rows_of, until
 
@@ -35,20 +39,32 @@ pytestmark = pytest.mark.e2e
 NAMES = ("ann", "bob", "cyd")
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image as it stands now: what is edited while the tests run changes neither measurement nor enclave."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in image_tree.PACKAGES:
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns(*image_tree.LEFT_OUT))
+    shutil.copy(image_tree.LOCK, folder)
+    return folder
+
+
 @pytest.fixture
-def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
+def coordinator(tmp_path: Path, tree: Path) -> Iterator[Coordinator]:
     folder = tmp_path / "c"
     root = folder / "root"
     root.mkdir(parents=True)
     LocalRoot.create(system_now_ms()).save(root)
     command = [sys.executable, "-m", "parley_deploy.enclave", "--root", str(root), "--workers", "1"]
+    command += ["--tree", str(tree)]
     with Coordinator(folder, command) as made:
+        made.tree = tree
         yield made
 
 
 def play(coordinator: Coordinator, rows: int = 2000, **session: Any) -> Play:
     """ann and bob bring tables, cyd is the analyst; signed, uploaded, and the coordinator running."""
-    measured = image_measurements(None)
+    measured = image_measurements(coordinator.tree)
     simulation = SimpleNamespace(
         root=LocalRoot.load(coordinator.folder / "root"),
         measurement=Measurement(measured[0], measured[1], measured[2]),
@@ -77,7 +93,7 @@ def restart(coordinator: Coordinator) -> None:
     coordinator.start()
 
 
-def test_a_session_from_agreement_to_bundle(coordinator: Coordinator) -> None:
+def test_crd_19_a_session_from_agreement_to_bundle(coordinator: Coordinator) -> None:
     made = play(coordinator)
     request = os.urandom(16)
     state = made.open(request)
@@ -123,6 +139,24 @@ def test_a_session_from_agreement_to_bundle(coordinator: Coordinator) -> None:
     assert made.open().session != first
     assert made.offer(head=head).offer.head == head
     assert coordinator.stop() == 0
+
+
+def test_crd_11_every_caller_gets_a_document_for_its_own_nonce(coordinator: Coordinator) -> None:
+    made = play(coordinator)
+    made.open()
+    nonces = [os.urandom(32), os.urandom(32)]
+    replies = [
+        made.client(name).call("Attest", pb.AttestRequest(session=made.session, nonce=nonce))
+        for name, nonce in zip(("ann", "cyd"), nonces, strict=True)
+    ]
+    assert replies[0].offer == replies[1].offer
+    for reply, nonce, other in zip(replies, nonces, nonces[::-1], strict=True):
+        verify_offer(made.agreement, reply.offer, reply.document, nonce=nonce, head=GENESIS, now_ms=now_ms())
+        with pytest.raises(VerificationError):
+            verify_offer(made.agreement, reply.offer, reply.document, nonce=other, head=GENESIS, now_ms=now_ms())
+    for nonce in (b"", bytes(31), bytes(33)):
+        with refused("malformed"):
+            made.client("ann").call("Attest", pb.AttestRequest(session=made.session, nonce=nonce))
 
 
 def test_crd_14_the_same_countersignature_again_also_after_the_release(coordinator: Coordinator) -> None:
@@ -426,7 +460,7 @@ def test_crd_17_sigterm_keeps_the_session(coordinator: Coordinator) -> None:
     made.wait("released")
 
 
-def test_standing_consent_needs_no_countersignatures(coordinator: Coordinator) -> None:
+def test_crd_13_standing_consent_needs_no_countersignatures(coordinator: Coordinator) -> None:
     made = play(coordinator, consent=Consent.STANDING)
     made.open()
     offer = made.offer()
@@ -437,7 +471,7 @@ def test_standing_consent_needs_no_countersignatures(coordinator: Coordinator) -
 
 
 def test_crd_10_an_agreement_that_the_enclave_refuses_opens_nothing(coordinator: Coordinator) -> None:
-    measured = image_measurements(None)
+    measured = image_measurements(coordinator.tree)
     simulation = SimpleNamespace(
         root=LocalRoot.load(coordinator.folder / "root"), measurement=Measurement(b"\1" * 48, measured[1], measured[2])
     )

@@ -151,7 +151,7 @@ def test_crd_20_a_chain_without_records(desk: Desk) -> None:
     assert refusal(caught) == "head"
 
 
-def test_the_inbox_asks_for_signatures_first(desk: Desk) -> None:
+def test_crd_16_the_inbox_asks_for_signatures_first(desk: Desk) -> None:
     agreement = make_agreement()
     desk.sign(agreement, "ann")
     assert [desk.waiting(name) for name in MEMBERS] == [[], ["SIGN"], ["SIGN"]]
