@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
 
 from parley_coordinator import live
@@ -31,7 +33,7 @@ from parley_protocol.transcript import GENESIS, Refusal
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2
 from support import image_tree
-from support.coordinator import Coordinator, Play, now_ms, refused
+from support.coordinator import Coordinator, Play, error_info, now_ms, refused
 from support.enclave import Party, Simulation, agreement_of, identities, rows_of, until
 
 pytestmark = pytest.mark.e2e
@@ -347,8 +349,6 @@ def test_crd_17_kill_at_any_moment_of_computing_and_storing(coordinator: Coordin
 
 
 def _try(made: Play, offer: Any, roster: Any) -> None:
-    import grpc
-
     try:
         made.countersign(offer, roster, ["bob"])
     except (grpc.RpcError, ValueError):
@@ -485,3 +485,38 @@ def test_crd_10_an_agreement_that_the_enclave_refuses_opens_nothing(coordinator:
         made.open()
     assert coordinator.enclaves() == []
     assert made.client("cyd").waiting() == []
+
+
+def test_crd_10_a_newer_version_takes_the_place_of_an_open_session(coordinator: Coordinator) -> None:
+    made = play(coordinator)
+    made.open()
+    old = made.session
+    second = replace(
+        made.agreement, version=2, series_digest=made.agreement.digest, replaces=made.agreement.digest, purpose="More."
+    )
+    amended = Play(coordinator, second, made.members, {})
+    amended.sign()
+    with refused("agreement"):
+        made.open()
+    assert amended.open().agreement == second.digest
+    assert amended.offer().agreement.version == 2
+    state = made.client("bob").call("GetSession", pb.SessionRef(session=old))
+    assert (state.phase, state.code) == ("lost", "agreement")
+    assert len(coordinator.enclaves()) == 1
+
+
+def test_crd_10_no_capacity_says_when_and_keeps_the_request(coordinator: Coordinator) -> None:
+    file = coordinator.folder / "coordinator.toml"
+    file.write_text(file.read_text().replace("[launcher.local]", "[launcher]\nenclaves = 1\n[launcher.local]"))
+    made = play(coordinator)
+    made.open()
+    other = Play(coordinator, replace(made.agreement, purpose="Another."), made.members, {})
+    other.sign()
+    request = os.urandom(16)
+    with pytest.raises(grpc.RpcError) as caught:
+        other.open(request)
+    info = error_info(caught.value)
+    assert (info.reason, info.metadata["retry"], info.metadata["who"]) == ("no-capacity", "true", "operator")
+    os.kill(coordinator.enclave_pid(), signal.SIGKILL)
+    made.wait("lost")
+    assert other.open(request).phase == "open"
