@@ -13,6 +13,7 @@ from parley_enclave.pool import Parts, Task
 from parley_protocol import claims
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import MalformedError, RefusedError, VerificationError
+from parley_protocol.secret import Secret
 from parley_protocol.transcript import (
     Join,
     JoinKeys,
@@ -26,7 +27,7 @@ from parley_protocol.transcript import (
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Secret):
     """What admission found in one sealed table: the rows, the first and last key of each group, a tag for each frame.
 
     None of it leaves the enclave.
@@ -38,7 +39,7 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class Brought(Secret):
     """One upload of a join: the statement, where the host keeps the blob, and the key of its frames."""
 
     upload: Upload
@@ -47,7 +48,7 @@ class Brought:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Secret):
     """A join whose statements and keys are good; its tables are not yet looked at."""
 
     join: Join

@@ -14,6 +14,7 @@ from parley_enclave.pool import Context, Parts, Pool, Task
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.encoding import Encodable
 from parley_protocol.output import OutputTable
+from parley_protocol.secret import Secret
 from parley_protocol.table import Layout
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Job(Secret):
     """A computation that fits: its plan, and what workers need for their part of it."""
 
     plan: Plan = field(repr=False)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from parley_protocol.hpke import SealingKey, generate_sealing_key
+from parley_protocol.secret import Secret
 
 Random = Callable[[int], bytes]
 
@@ -33,7 +34,7 @@ def seed_kernel(module: Random) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionKeys:
+class SessionKeys(Secret):
     """The private keys of one session."""
 
     signing: Ed25519PrivateKey = field(repr=False)

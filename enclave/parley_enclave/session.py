@@ -18,6 +18,7 @@ from parley_protocol import cose
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.chain import ChainState
 from parley_protocol.errors import RefusedError
+from parley_protocol.secret import Secret
 from parley_protocol.transcript import Offer, Receipt, Roster
 
 
@@ -43,7 +44,7 @@ class Ended:
 
 
 @dataclass(slots=True)
-class Session:
+class Session(Secret):
     """A session from its offer to its end."""
 
     agreement: Agreement

@@ -27,6 +27,7 @@ from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement, Unit
 from parley_protocol.agreement.schema import Column, ColumnType, Table
 from parley_protocol.errors import DataError
+from parley_protocol.secret import Secret
 from parley_protocol.transcript import unit_salt
 
 Source = Any
@@ -54,7 +55,7 @@ _NOT_OF_TYPE: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedTable:
+class PreparedTable(Secret):
     """A table ready to be sealed.
 
     `columns`: arrays of `rows` values in the physical dtype of the agreement, the unit key first, sorted by it. `dropped`:

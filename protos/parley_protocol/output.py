@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from parley_protocol import limits
-from parley_protocol.encoding import Value, encode
+from parley_protocol.encoding import Encodable, Value, encode
 from parley_protocol.errors import MalformedError
 from parley_protocol.shapes import Bytes, Row, Seq, Shape, Statement, Text, Uint
 
@@ -113,9 +113,9 @@ class OutputTable(Statement):
     @property
     def widest(self) -> int:
         """Bytes that no output of these names, labels, types and rows exceeds, whatever its values: never the values' own."""
-        names = [[column.name, column.type] for column in self.columns]
-        labels = [list(column.cells) for column in self.columns if column.type == LABEL_TYPE]
-        cells = sum(self.rows * _WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
+        names: list[Encodable] = [[column.name, column.type] for column in self.columns]
+        labels: list[Encodable] = [[cell for cell in column.cells if type(cell) is str] for column in self.columns if column.type == LABEL_TYPE]
+        cells = self.rows * len(labels) + sum(self.rows * _WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
         bound = len(encode([self.name, self.kind, names, labels])) + cells + 16 * len(self.columns) + _FRAME_BYTES
         return min(bound, limits.OUTPUT_BYTES)
 

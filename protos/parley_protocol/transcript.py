@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from parley_protocol import limits
 from parley_protocol.encoding import Value, encode, sha384
 from parley_protocol.errors import MalformedError
+from parley_protocol.secret import Secret
 from parley_protocol.shapes import Bytes, Row, Seq, Shape, Statement, Text, Uint
 
 GENESIS = bytes(48)
@@ -104,7 +105,7 @@ class Upload(Statement):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinKeys(Statement):
+class JoinKeys(Secret, Statement):
     """What a join seals to the session: the content keys of its uploads in their order, and the party's noise share."""
 
     LABEL: ClassVar[str] = "parley/1/join-keys"
@@ -349,7 +350,7 @@ class Caller(Statement):
 
 
 @dataclass(frozen=True, slots=True)
-class SealedOutput(Statement):
+class SealedOutput(Secret, Statement):
     """What a recipient opens: the salt of the commitment and the canonical plaintext of the output, padded.
 
     The padding is one byte 0x80 and then zeros, to a size that the agreement fixes: else the size of what is sealed would

@@ -11,14 +11,13 @@ import inspect
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from google.protobuf.message import Message
 
 from parley import backups
@@ -29,12 +28,10 @@ from parley.session import Session
 from parley.state import Series, State
 from parley_deploy.nsm import LocalRoot
 from parley_deploy.pki import system_now_ms
-from parley_protocol import bundle as bundles
-from parley_protocol import chain, claims, cose, hpke
+from parley_protocol import cose, hpke
 from parley_protocol.agreement.signed import SignedAgreement
-from parley_protocol.attestation import verify as attestation
 from parley_protocol.bundle import Bundle
-from parley_protocol.errors import MalformedError, ParleyError, RefusedError, StateError, UnavailableError
+from parley_protocol.errors import ParleyError, StateError, UnavailableError
 from parley_protocol.output import OutputColumn
 from parley_protocol.transcript import (
     Absentee,
@@ -385,8 +382,8 @@ def test_an_older_head_is_refused(stage: Stage) -> None:
         assert refusal(lambda name=name: stage.session(name, rolled.session).submit(stage.table(name))) == "off-6"
     assert refusal(lambda: stage.session("cyd", rolled.session).verify()) == "off-6"
     # It tells the client that the chain is empty as well, or shows it again from the start.
-    for chain in (lambda _call: [], lambda _call: list(records), lambda call: call.relay.records[series] * 2):
-        stage.relay.hooks["chain"] = chain
+    for shown in (lambda _call: [], lambda _call: list(records), lambda call: call.relay.records[series] * 2):
+        stage.relay.hooks["chain"] = shown
         assert refusal(lambda: stage.session("birch", rolled.session).submit(stage.table("birch"))) in (
             "off-6",
             "chn-2",

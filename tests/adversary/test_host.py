@@ -492,7 +492,7 @@ def test_hostile_columns_are_refused_at_admission(make: Make) -> None:
     # Sizes that are no bucket, and a header that says another size than the frames have.
     columns = columns_of(run.agreement, "visits", rows)
     for wrong in ({"groups": 9}, {"groups": 1 << 15, "group_rows": 16384}, {"group_rows": 16384}):
-        made = reseal(run.agreement, birch, columns, len(rows.keys), **wrong)
+        made = reseal(run.agreement, birch, columns, len(rows.keys), header=wrong)
         spoiled = party_with(birch, made)
         run.host.blobs |= spoiled.blobs
         assert run.host.refused(join=spoiled.joining(offer)) in ("schema", "rows", "malformed"), wrong
@@ -569,12 +569,12 @@ def test_nested_outputs_are_refused(simulation: Simulation) -> None:
         replace(agreement, outputs=nested(agreement))
     # A column twice, and coarser bins of the same number, nest as well.
     column = agreement.tables["visits"].ref("amount")
+    assert column is not None
     site = agreement.outputs["by_site"].by[0]
     bins = {
         "fine": Grouping("amount", column, (1000, 2000, 3000), ("a", "b", "c", "d")),
         "coarse": Grouping("amount", column, (2000,), ("a", "b")),
     }
-    assert column is not None
     made = {
         name: replace(agreement.outputs["by_site"], name=name, by=(grouping,), values=(Value("n", Function.COUNT),))
         for name, grouping in bins.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def reseal(
     *,
     number: int = 0,
     fresh: bool = True,
-    **header: Any,
+    header: Mapping[str, Any] | None = None,
 ) -> Sealed:
     """Any padded columns with a manifest of `rows`, sealed and signed by a party.
 
@@ -56,7 +56,7 @@ def reseal(
     groups, group_rows = table.bucket(len(columns[0]))
     assert groups * group_rows == len(columns[0])
     made = replace(made, groups=groups, group_rows=group_rows)
-    made = replace(made, **header)
+    made = replace(made, **(header or {}))
     key = AESGCM(frame_key(content_key, made.to_bytes()))
     frames = [table.seal_manifest(key, rows)]
     for group in range(groups):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from parley_protocol.agreement.schema import Column
 from parley_protocol.encoding import encode, sha384
 from parley_protocol.errors import RefusedError
+from parley_protocol.secret import Secret
 from parley_protocol.table import KEY_PAD, TAG_BYTES, Layout, frame_nonce
 from parley_protocol.transcript import UploadHeader
 
@@ -44,7 +45,7 @@ class FrameError(RefusedError):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(Secret):
     """One admitted or arriving upload: whose it is, where the host keeps it, and the key of its frames."""
 
     party: str
@@ -56,7 +57,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(Secret):
     """What admission found. It is data of the parties and never leaves the enclave.
 
     `index`: u64 little-endian, first and last key of the true rows of each group (2^64 - 1 twice for a group of padding),
@@ -154,7 +155,7 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class Index(Secret):
     """First and last key of the true rows of each group that has any (both ascending), and the most rows of one unit."""
 
     first: Keys = field(repr=False)

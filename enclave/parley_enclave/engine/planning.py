@@ -16,6 +16,7 @@ from parley_enclave.engine.frames import Admitted, Index, Keys, Source
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement, Table
 from parley_protocol.errors import RefusedError
+from parley_protocol.secret import Secret
 from parley_protocol.table import KEY_NULL, KEY_PAD
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _WORK_BYTES = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class Input(Secret):
     """One upload in the scan."""
 
     source: Source
@@ -35,7 +36,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class TablePlan:
+class TablePlan(Secret):
     """One table of the scan: its uploads in the order of the agreement's parties, the columns that any output reads (0,
     the key, first)."""
 
@@ -45,7 +46,7 @@ class TablePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Secret):
     """A scan of all tables for all outputs. Window w holds the keys above `bounds[w]`, to `bounds[w + 1]` inclusive; range r
     holds the windows from `cuts[r]` to `cuts[r + 1]`."""
 

@@ -74,11 +74,11 @@ class _Selection:
     """The rows of a window that an output looks at, sorted by key. `first`: whether a row is the first of its unit;
     `unique`: whether all are; `codes`: cell and party in one number; `column`: the values of a column for these rows."""
 
-    cells: Codes
-    codes: Codes
-    first: NDArray[np.bool_]
+    cells: Codes = field(repr=False)
+    codes: Codes = field(repr=False)
+    first: NDArray[np.bool_] = field(repr=False)
     unique: bool
-    column: Callable[[ColumnRef], NDArray[Any]]
+    column: Callable[[ColumnRef], NDArray[Any]] = field(repr=False)
 
 
 class _Holdings:
