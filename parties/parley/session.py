@@ -460,16 +460,9 @@ class Session:
         if found is None:
             raise RefusedError("phase", "no roster stands")
         roster, cose = found
-        signed = self._state.signed_roster(roster.digest)
-        if signed is None:
-            reasons = self.check_roster(roster)
-            if reasons and not by_hand:
-                raise StateError(f"not signed by itself: {'; '.join(reasons)}", code="roster")
-            if not needs_countersignatures(self.agreement):
-                raise RefusedError("phase", "the agreement has standing consent: rosters are not signed")
-            if roster.expires_at <= now_ms():
-                raise RefusedError("expired", "the time to sign this roster is over")
-            signed = self._state.sign_roster(joined, cose, self._consenting(roster))
+        if not needs_countersignatures(self.agreement):
+            raise RefusedError("phase", "the agreement has standing consent: rosters are not signed")
+        signed = self._state.sign_roster(joined, cose, self._consenting(roster, by_hand=by_hand))
         statement = Countersignature.from_bytes(payload_unverified(signed.countersignature))
         proofs = {former.roster.digest: former for former in self._state.signed_rosters(signed.head)}
         evidence = [proofs[digest] for digest in statement.former]
@@ -478,8 +471,16 @@ class Session:
         )
         return self.status()
 
-    def _consenting(self, roster: Roster) -> Callable[[Ed25519PrivateKey, Sequence[SignedRoster]], bytes]:
+    def _consenting(
+        self, roster: Roster, *, by_hand: bool
+    ) -> Callable[[Ed25519PrivateKey, Sequence[SignedRoster]], bytes]:
+        # It runs under the lock of the state, so that no other process signs between the checks and the signature.
         def make(key: Ed25519PrivateKey, before: Sequence[SignedRoster]) -> bytes:
+            reasons = self.check_roster(roster)
+            if reasons and not by_hand:
+                raise StateError(f"not signed by itself: {'; '.join(reasons)}", code="roster")
+            if roster.expires_at <= now_ms():
+                raise RefusedError("expired", "the time to sign this roster is over")
             former = tuple(item.roster.digest for item in before if item.roster.digest != roster.digest)
             consent = RosterConsent(roster.digest, self.name, former)
             one_time = key.sign(consent.to_bytes())

@@ -415,6 +415,8 @@ class State:
         with self._transaction():
             signed = self._load(SignedRoster, f"rosters/{roster.digest.hex()}")
             if signed is None:
+                if self.joined(joined.session) != joined:
+                    raise StateError("the session was joined anew meanwhile: look at the roster again", code="conflict")
                 public = joined.join.roster_key
                 sealed = self._bytes(self.folder / "roster-keys" / public.hex())
                 if sealed is None:
