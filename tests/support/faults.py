@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -443,9 +443,9 @@ class _Given(Exception):
 # The moments
 
 STEPS: Final = (
+    "opened",
     "uploading",
     "uploaded",
-    "opened",
     "joining",
     "joined",
     "rostered",
@@ -455,82 +455,118 @@ STEPS: Final = (
     "released",
     "fetching",
 )
-"""During the upload, after acknowledged bytes; all uploaded, none joined; session open; a join stored and without receipt;
-all receipts given; a roster and no countersignature; one countersignature of three; computing; the enclave has
-just released; the release stored and the enclave not told; in the middle of a fetch."""
+"""Session open; during the upload, after acknowledged bytes; all uploaded, none joined; a join stored and without receipt;
+all receipts given; a roster and no countersignature; one countersignature of three; computing; the enclave has just
+released; the release stored and the enclave not told; in the middle of a fetch."""
 
 
-class Fault:
-    """Kills `target` when a trial reaches a step, once. What must not go on meanwhile waits."""
+class Faults:
+    """Kills `target` when a trial reaches each of `steps`, one after the other. What must not go on meanwhile waits.
 
-    def __init__(self, trial: Trial, step: str, target: str) -> None:
-        self._trial = trial
-        self.step = step
+    A dead enclave's session is lost; the next step is then one of the next session.
+    """
+
+    def __init__(self, trial: Trial, target: str, *steps: str) -> None:
+        self.trial = trial
         self.target = target
-        self.fired = threading.Event()
-        self.missed = ""
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._standing = False
-        if step == "uploading":
-            trial.broken_uploads = True
+        self.fired: list[str] = []
+        self.missed: list[str] = []
+        self.signed: set[str] = set()
+        """Who has countersigned the roster that stands."""
+        self._left = list(steps)
+        self._asleep = False
+        self._moment: _Moment | None = None
+        trial.broken_uploads = "uploading" in steps
+        self._next()
         trial.told = self.hear
 
     def hear(self, told: str, name: str) -> None:
         """A member reaches a step."""
-        if self.fired.is_set():
-            return
-        with self._lock:
-            self._counts[told] += 1
-            count = self._counts[told]
-        everybody = len(PARTIES)
-        match self.step, told:
-            case ("uploading", "resuming") | ("opened", "opened") | ("joined", "starting") | ("fetching", "fetching"):
-                if count == 1:
-                    self.fire()
-            case ("uploaded", "joining") | ("rostered", "signing"):
-                if count == everybody:
-                    self.fire()
-                self._hold()
-            case "countersigning", "signing":
-                if count > 1:
-                    self._hold()
-            case "countersigning", "signed":
-                self.fire()
-            case "joining", "joining":
-                if count == 1:
-                    self._later(self._while_joining)
-                self._hold_until(lambda: self._standing)
-            case (("computing" | "releasing" | "released"), "signing"):
-                if count == everybody:
-                    work = {"computing": self._while_computing, "releasing": self._when_releasing}
-                    self._later(work.get(self.step, self._before_stored))
-                    self._hold_until(lambda: self._standing)
+        if told == "starting":
+            self.signed.clear()
+        elif told == "signed":
+            self.signed.add(name)
+        elif told == "opened":
+            self._asleep = False
+        while (moment := self._moment) is not None and not self._asleep:
+            moment.hear(told, name)
+            if moment is self._moment or self._asleep:
+                break
 
-    def fire(self, *, between: Callable[[], object] = lambda: None) -> None:
+    def kill(self, step: str, between: Callable[[], object]) -> None:
         """Now."""
-        if not self._trial.kill(self.target, between=between):
-            self.missed = f"no {self.target} to kill"
-        self.fired.set()
+        if not self.trial.kill(self.target, between=between):
+            self.missed.append(f"{step}: no {self.target} to kill")
+        self.fired.append(step)
+        self._asleep = self.target != "coordinator"
+        self._next()
 
-    def _hold(self) -> None:
-        assert self.fired.wait(LIMIT_S), f"{self.step} was not reached"
+    def _next(self) -> None:
+        self._moment = _Moment(self, self._left.pop(0)) if self._left else None
 
-    def _hold_until(self, holds: Callable[[], object]) -> None:
-        until(lambda: self.fired.is_set() or holds(), LIMIT_S)
 
-    def _later(self, work: Callable[[], None]) -> None:
+class _Moment:
+    """One step at which something is killed, once."""
+
+    def __init__(self, faults: Faults, step: str) -> None:
+        self._faults = faults
+        self._trial = faults.trial
+        self.step = step
+        self._fired = threading.Event()
+        self._lock = threading.Lock()
+        self._heard: dict[str, set[str]] = defaultdict(set)
+        self._begun = False
+        self._ready = False
+
+    def hear(self, told: str, name: str) -> None:
+        """A member reaches a step."""
+        with self._lock:
+            heard = self._heard[told]
+            first = not heard
+            heard.add(name)
+            everybody = heard >= set(PARTIES)
+        match self.step, told:
+            case ("opened", "opened") | ("uploading", "resuming") | ("joined", "starting") | ("fetching", "fetching"):
+                if first:
+                    self._fire()
+            case ("uploaded", "joining") | ("rostered", "signing"):
+                if everybody and self._begin():
+                    self._fire()
+                assert self._fired.wait(LIMIT_S), f"{self.step} was not reached"
+            case "countersigning", "signing":
+                assert first or self._fired.wait(LIMIT_S), f"{self.step} was not reached"
+            case "countersigning", "signed":
+                if self._begin():
+                    self._fire()
+            case "joining", "joining":
+                self._meanwhile(self._while_joining)
+            case (("computing" | "releasing" | "released"), "signing"):
+                if heard | self._faults.signed >= set(PARTIES):
+                    work = {"computing": self._while_computing, "releasing": self._when_releasing}
+                    self._meanwhile(work.get(self.step, self._before_stored))
+
+    def _begin(self) -> bool:
+        with self._lock:
+            begun, self._begun = self._begun, True
+        return not begun
+
+    def _fire(self, between: Callable[[], object] = lambda: None) -> None:
+        self._faults.kill(self.step, between)
+        self._fired.set()
+
+    def _meanwhile(self, work: Callable[[], None]) -> None:
+        """Begins `work` in a thread, once; the member goes on as soon as it is ready."""
+
         def run() -> None:
             try:
                 work()
             except BaseException as error:
-                self.missed = f"{type(error).__name__}: {error}"
-                self.fired.set()
+                self._faults.missed.append(f"{self.step}: {type(error).__name__}: {error}")
+                self._fired.set()
 
-        threading.Thread(target=run, daemon=True).start()
-
-    def _ready(self) -> None:
-        self._standing = True
+        if self._begin():
+            threading.Thread(target=run, daemon=True).start()
+        until(lambda: self._ready or self._fired.is_set(), LIMIT_S)
 
     def _phase(self) -> str:
         ((phase,),) = self._trial.coordinator.rows("SELECT phase FROM sessions ORDER BY number DESC LIMIT 1")
@@ -540,29 +576,29 @@ class Fault:
         enclave = self._trial.enclave()
         assert enclave is not None
         with _Stopped([enclave]) as standing:
-            self._ready()
+            self._ready = True
             query = "SELECT count(*) FROM joins WHERE receipt IS NULL AND code = ''"
             until(lambda: self._trial.coordinator.rows(query) != [(0,)], LIMIT_S)
-            self.fire(between=standing.go_on)
+            self._fire(standing.go_on)
 
     def _while_computing(self) -> None:
         with _Stopped(self._trial.workers()) as standing:
-            self._ready()
+            self._ready = True
             until(lambda: self._phase() == "computing", LIMIT_S)
-            self.fire(between=standing.go_on)
+            self._fire(standing.go_on)
 
     def _when_releasing(self) -> None:
         (folder,) = self._trial.coordinator.enclaves()
-        self._ready()
+        self._ready = True
         end = time.monotonic() + LIMIT_S
         while "computing -> released" not in (folder / "log").read_text():
             assert time.monotonic() < end
-        self.fire()
+        self._fire()
 
     def _before_stored(self) -> None:
         query = "SELECT count(*) FROM sessions WHERE phase = 'released' AND NOT stored_told"
         coordinator = self._trial.coordinator
-        self._ready()
+        self._ready = True
         end = time.monotonic() + LIMIT_S
         while coordinator.rows(query) == [(0,)]:
             assert time.monotonic() < end
@@ -570,8 +606,8 @@ class Fault:
         assert process is not None
         process.send_signal(signal.SIGSTOP)
         if coordinator.rows(query) == [(0,)]:
-            self.missed = "the enclave was told before the kill"
-        self.fire()
+            self._faults.missed.append("released: the enclave was told before the kill")
+        self._fire()
         if process.poll() is None:
             process.send_signal(signal.SIGCONT)
 
@@ -705,7 +741,12 @@ def start_member(trial: Trial, name: str, **options: Any) -> Running:
         "certificate": str(trial.coordinator.folder / "tls.crt"),
         "agreement": trial.agreement.canonical.hex(),
         "csv": str(trial.csv(name)),
-        **{"die_at": "", "until_step": "release", "ahead_s": 0.0, "patience_s": PATIENCE_S, "file_bytes": 0, **options},
+        "die_at": "",
+        "until_step": "release",
+        "ahead_s": 0.0,
+        "patience_s": PATIENCE_S,
+        "file_bytes": 0,
+        **options,
     }
     tests = str(Path(__file__).resolve().parent.parent)
     paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
