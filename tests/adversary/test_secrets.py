@@ -94,7 +94,7 @@ def held_secrets() -> dict[str, tuple[object, list[bytes]]]:
     brought = Brought(w.uploads["ada"], 7, key)
     opened = Opened(w.joins["ada"], (brought,), share)
     session_keys = SessionKeys(raw, sealing_key)
-    session = Session(w.agreement, bytes(16), w.paper.offer, ChainState(), session_keys, key)
+    running = Session(w.agreement, bytes(16), w.paper.offer, ChainState(), session_keys, key)
     numbers = np.full(4, 0x4242424242424242, "<u8")
     return {
         "PrivateIdentity": (identity, [signing, sealing, signing[-32:], sealing[:32]]),
@@ -105,7 +105,7 @@ def held_secrets() -> dict[str, tuple[object, list[bytes]]]:
         "Brought": (brought, [key]),
         "Opened": (opened, [key, share]),
         "Checked": (Checked(4711, key, share), [key, share, b"4711"]),
-        "Session": (session, [key, raw.private_bytes_raw(), sealing_key.private_bytes()]),
+        "Session": (running, [key, raw.private_bytes_raw(), sealing_key.private_bytes()]),
         "Source": (Source("ada", "visits", header, layout, 7, key), [key]),
         "Admitted": (Admitted(4711, key, share), [key, share, b"4711"]),
         "Vault": (Vault(identity), [identity.derive(b"parley/1/state", b"", 32)]),
@@ -235,7 +235,7 @@ def test_a_session_leaves_no_key_value_or_name_behind(tmp_path: Path, capfd: pyt
     assert not found
     out, err = capfd.readouterr()
     for text in (out, err):
-        assert not [value for value in values if value in text]
+        assert not any(value in text for value in values)
     # The members' own states keep the keys sealed and the tables nowhere but in the files that they brought.
     for name in frames:
         mine = search([tmp_path / name / f"{name}.state"], secrets, ["MARKED-PERSON", "4321.09"])
