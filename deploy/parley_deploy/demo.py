@@ -338,9 +338,7 @@ class Play:
 
     # Commands
 
-    def one(
-        self, name: str, arguments: Sequence[str], *, shown: bool = True, window: Member | None = None
-    ) -> Ended:
+    def one(self, name: str, arguments: Sequence[str], *, shown: bool = True, window: Member | None = None) -> Ended:
         """Runs one member's command to its end, by default on the screen."""
         if shown:
             self.screen.command(name, arguments)
@@ -386,9 +384,7 @@ def agreement_members(demo: Demo) -> list[str]:
     return re.findall(r"^  (\w+): keys/\1\.pub", agreement_text(demo), flags=re.MULTILINE)
 
 
-def play(
-    name: str, folder: Path, *, coalition: int | None = None, say: Callable[[str], None] = print
-) -> Played:
+def play(name: str, folder: Path, *, coalition: int | None = None, say: Callable[[str], None] = print) -> Played:
     """Runs the demo `name` in `folder`, which must be empty; DemoError."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -399,20 +395,25 @@ def play(
 
 def _run(name: str, keep: Path | None, coalition: int | None) -> None:
     with ExitStack() as closing:
-        folder = keep if keep is not None else Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="parley-")))
+        folder = (
+            keep if keep is not None else Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="parley-")))
+        )
         try:
             played = play(name, folder, coalition=coalition, say=typer.echo)
         except (DemoError, local.StackError, data.MissingData) as error:
             typer.echo(f"demo    failed: {error}", err=True)
             raise typer.Exit(1) from None
-        typer.echo(f"\ndemo    {name}: done in {played.seconds:.1f} s. SIMULATED: no hardware protected anything in this run.")
+        typer.echo(
+            f"\ndemo    {name}: done in {played.seconds:.1f} s. SIMULATED: no hardware protected anything in this run."
+        )
         if keep is not None:
             typer.echo(f"kept    {keep}: members/NAME, operator, auditor")
 
 
 KeepOption = Annotated[Path | None, typer.Option("--keep", help="Leave all files in this empty or new folder.")]
 CoalitionOption = Annotated[
-    int | None, typer.Option("--coalition", min=0, max=8, help="Rules hold without any so many parties; the agreement says 1.")
+    int | None,
+    typer.Option("--coalition", min=0, max=8, help="Rules hold without any so many parties; the agreement says 1."),
 ]
 
 app = typer.Typer(

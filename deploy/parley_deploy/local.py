@@ -133,12 +133,13 @@ class Stack:
                 stderr=log,
                 start_new_session=True,
             )
+        _started[process.pid] = process
         (self.folder / "coordinator.pid").write_text(f"{process.pid}\n")
         end = time.monotonic() + START_SECONDS
         while not (self.folder / "address").exists():
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
-                process.wait()
+                _started.pop(process.pid).wait()
                 (self.folder / "coordinator.pid").unlink(missing_ok=True)
                 raise StackError(f"the coordinator did not start; see {self.folder / 'log'}")
             time.sleep(0.02)
@@ -162,19 +163,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_started: Final[dict[int, subprocess.Popen[bytes]]] = {}
+"""The coordinators that this process started: it must wait for them when they end."""
+
+
 def _end(pid: int) -> None:
     """SIGTERM, and SIGKILL for a process that is still there after its grace."""
+    child = _started.pop(pid, None)
+    if child is not None:
+        child.terminate()
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        return
     end = time.monotonic() + STOP_SECONDS
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         while time.monotonic() < end:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
             os.kill(pid, 0)
             time.sleep(0.02)
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 DirOption = Annotated[Path, typer.Option("--dir", help="The folder of the stack.")]

@@ -27,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def keygen(
     name: Annotated[str, typer.Argument(help="Your name in agreements; also the name of the files.")],
     folder: Annotated[Path, typer.Option("--dir", help="Where the files go.")] = Path(),
-    protect: Annotated[bool, typer.Option("--passphrase", help=f"Ask for a passphrase (or take {PASSPHRASE}).")] = False,
+    protect: Annotated[
+        bool, typer.Option("--passphrase", help=f"Ask for a passphrase (or take {PASSPHRASE}).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make your private key and the public one that the others need."""
@@ -37,7 +39,9 @@ def keygen(
     made = Member.generate(name, folder, passphrase=_new_passphrase() if protect else None)
     out.text(f"{name}.key  private, readable by you alone; keep a copy where you keep passwords")
     out.text(f"{name}.pub  give this to the others and read them the fingerprint:  {made.fingerprint}")
-    out.result(name=name, private=str(folder / f"{name}.key"), public=str(folder / f"{name}.pub"), fingerprint=made.fingerprint)
+    out.result(
+        name=name, private=str(folder / f"{name}.key"), public=str(folder / f"{name}.pub"), fingerprint=made.fingerprint
+    )
 
 
 def _new_passphrase() -> str:
@@ -63,7 +67,9 @@ def add(
             raise Failure(f"{path}: a second file for {path.stem}")
         keys[path.stem] = load_public(path.read_bytes())
     for contact in me.contacts.put_all(keys):
-        out.line(contact.name, f"{contact.fingerprint}  {'confirmed' if contact.confirmed else 'compare it with its owner'}")
+        out.line(
+            contact.name, f"{contact.fingerprint}  {'confirmed' if contact.confirmed else 'compare it with its owner'}"
+        )
         out.result(name=contact.name, fingerprint=contact.fingerprint, confirmed=contact.confirmed)
 
 
@@ -118,7 +124,9 @@ def list_(key: KeyOption = None, as_json: JsonOption = False) -> None:
     """Show your contacts and which of them are confirmed."""
     out = Console(as_json)
     contacts = member(key).contacts.list()
-    out.columns([(item.name, item.fingerprint, "confirmed" if item.confirmed else "not confirmed") for item in contacts])
+    out.columns(
+        [(item.name, item.fingerprint, "confirmed" if item.confirmed else "not confirmed") for item in contacts]
+    )
     if not contacts:
         out.text("no contacts yet: parley contact add FILE.pub")
     for item in contacts:

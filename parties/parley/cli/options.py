@@ -57,7 +57,7 @@ def key_path(key: Path | None) -> Path:
     return found[0]
 
 
-def passphrase() -> str | None:
+def passphrase() -> str:
     """The passphrase from the environment, or asked for on a terminal."""
     given = os.environ.get(PASSPHRASE)
     if given is None and sys.stdin.isatty():

@@ -194,7 +194,6 @@ def submit(
     key: KeyOption = None,
     to: ToOption = None,
     cert: CertOption = None,
-    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify the enclave, then check, seal and upload your tables, join, and wait for the result.
@@ -239,7 +238,7 @@ def submit(
             },
         )
         if wait:
-            _wait(session, out, sign=sign, yes=yes)
+            _wait(session, out, sign=sign)
         else:
             out.line("next", f"parley submit again, or parley roster sign {session_name(session.id)} when all are in")
 
@@ -258,7 +257,7 @@ def _files(tables: list[str]) -> dict[str, Path]:
     return found
 
 
-def _wait(session: Session, out: Console, *, sign: bool, yes: bool = False) -> None:
+def _wait(session: Session, out: Console, *, sign: bool) -> None:
     """Waits for the release and says what changes meanwhile."""
     from parley_protocol.errors import StateError
 
