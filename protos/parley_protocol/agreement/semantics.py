@@ -7,7 +7,7 @@ Paths are those of the language, such as `outputs.delay_by_engine.by`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Final
 
 from parley_protocol import limits
@@ -150,13 +150,34 @@ def _nesting(outputs: Mapping[str, Output]) -> Found:
     for first, second in combinations(outputs.values(), 2):
         if first.table != second.table:
             continue
+        path, other = f"outputs.{second.name}", f"outputs.{first.name}"
         if _refines(second.by, first.by) or _refines(first.by, second.by):
             coarse, fine = (first, second) if _refines(second.by, first.by) else (second, first)
-            message = f"nests with outputs.{first.name}: {fine.name} splits the cells of {coarse.name}, both read {first.table},"
-            yield (
-                f"outputs.{second.name}.by",
-                f"{message} and totals minus parts would show what is hidden. Keep one of them",
-            )
+            message = f"nests with {other}: {fine.name} splits the cells of {coarse.name}, both read {first.table},"
+            yield f"{path}.by", f"{message} and totals minus parts would show what is hidden. Keep one of them"
+            continue
+        # Totals of the two then differ by few units, which an author, or who brings a joined table, can choose.
+        if _condition(first) != _condition(second):
+            yield f"{path}.where", f"is another condition than that of {other}: {_DIFFER.format(first.table)}"
+        if _filters(first) != _filters(second):
+            yield f"{path}.join", f"drops other rows than {other} by its inner joins: {_DIFFER.format(first.table)}"
+        for mine, theirs in product(second.by, first.by):
+            if mine.ref.text == theirs.ref.text and mine.edges != theirs.edges:
+                message = f"cuts {mine.ref.text} at other edges than {other}: {_DIFFER.format(first.table)}"
+                yield f"{path}.by.{mine.name}.edges", message
+
+
+_DIFFER: Final = (
+    "both read {}, and the difference of their totals would show the few rows between them. Make them the same"
+)
+
+
+def _condition(output: Output) -> str | None:
+    return None if output.where is None else output.where.text
+
+
+def _filters(output: Output) -> set[str]:
+    return {join.table for join in output.joins if join.kind == "inner"}
 
 
 def _refines(fine: Sequence[Grouping], coarse: Sequence[Grouping]) -> bool:

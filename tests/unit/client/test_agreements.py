@@ -470,7 +470,6 @@ NESTED = """
         ("by: {built: {bin: year, edges: [1994]}}", True),
         ("where: year > 2000", True),
         ("by: {engine: planes.engine, age: {bin: year, edges: [1950, 1994, 2004]}}", True),
-        ("by: {built: {bin: year, edges: [1990]}}", False),
         ("by: {late: {bin: arr_delay, edges: [15]}}", False),
     ],
 )
@@ -482,6 +481,28 @@ def test_outputs_that_nest_are_refused(by: str, refused: bool) -> None:
     (found,) = problems(text)
     assert found[0] == "outputs.by_engine.by"
     assert "nests with outputs.delay_by_engine" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("changed", "field", "message"),
+    [
+        ("by: {built: {bin: year, edges: [1990]}}", "by.built.edges", "cuts planes.year at other edges"),
+        (
+            "by: {made: {bin: planes.year, edges: [1994, 2004, 2010]}, late: {bin: arr_delay, edges: [15]}}",
+            "by.made.edges",
+            "cuts",
+        ),
+        ("by: {late: {bin: arr_delay, edges: [15]}}\n    where: year > 2000", "where", "another condition"),
+        ("by: {late: {bin: arr_delay, edges: [15]}}\n    join: {planes: left}", "join", "drops other rows"),
+    ],
+)
+def test_outputs_over_one_table_look_at_the_same_rows(changed: str, field: str, message: str) -> None:
+    added = NESTED % changed
+    if "join: {planes: left}" in changed:
+        added = added.replace("    join: {planes: inner}\n", "", 1)
+    ((path, _, found),) = problems(yaml_text("flights").replace("\nrules:\n", added + "\nrules:\n"))
+    assert path == f"outputs.by_engine.{field}"
+    assert message in found and "outputs.delay_by_engine" in found
 
 
 def test_a_table_that_no_output_reads_is_refused() -> None:

@@ -411,13 +411,47 @@ def test_notes_warn_of_what_protects_less_than_it_seems() -> None:
         ),
         (
             "session.consent",
-            "standing consent: the host chooses which parties take part in each run, and nobody is asked",
+            (
+                "standing consent: the host chooses which parties take part in each run, and nobody is asked;"
+                " when it calls a session lost that is not, there is a release that max_releases does not count"
+            ),
         ),
     } <= found
     assert any("each with no person of its own or at least 5" in message for _, message in found)
     assert ("measurements[0]", "the image is accepted until 2026-01-01, before the agreement expires") in {
         (path, message) for _, path, message in notes(base)
     }
+
+
+def test_totals_and_weights_that_show_one_unit_are_warned_of() -> None:
+    base = tree("flights")
+    outputs = base["outputs"]
+    assert isinstance(outputs, dict)
+    late: dict[str, Tree] = {
+        "from": "flights",
+        "join": {"planes": "inner"},
+        "by": {"late": {"bin": "arr_delay", "edges": ["15"]}},
+        "values": {"mean_year": "mean(year)"},
+        "to": "analyst",
+    }
+    base["outputs"] = {**outputs, "late": late}
+    found = {path: message for level, path, message in notes(base) if level is Level.WARNING and "outputs" in path}
+    assert list(found) == ["outputs.late.values.mean_year"]
+    assert "a party that brings one " in found["outputs.late.values.mean_year"]
+    late["values"] = {"flights": "count"}
+    found = {path: message for level, path, message in notes(base) if level is Level.WARNING and "outputs" in path}
+    assert found == {
+        "outputs.late": "delay_by_engine and late have the same totals: where one of them hides a single value,"
+        " the other one shows it by subtraction"
+    }
+    # A mean of what may be null is no sum; with the count of the same values it is one.
+    late["values"] = {"delay": "sum(arr_delay)"}
+    assert not [path for level, path, _ in notes(base) if level is Level.WARNING and "outputs" in path]
+    first = outputs["delay_by_engine"]
+    assert isinstance(first, dict)
+    assert isinstance(first["values"], dict)
+    first["values"] = {**first["values"], "delays": "count(arr_delay)"}
+    assert (Level.WARNING, "outputs.late") in {(level, path) for level, path, _ in notes(base)}
 
 
 def test_a_quorum_that_shows_nothing_is_warned_of() -> None:
