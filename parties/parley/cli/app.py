@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated, Any, Final, ParamSpec
@@ -75,7 +76,7 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
 def _report(error: Exception, *, as_json: bool) -> int:
     import json
 
-    if _debug():
+    if _settings.debug:
         import traceback
 
         traceback.print_exception(error, file=sys.stderr)
@@ -93,8 +94,14 @@ def _report(error: Exception, *, as_json: bool) -> int:
     return int(code)
 
 
-def _debug() -> bool:
-    return os.environ.get("PARLEY_DEBUG", "") not in ("", "0")
+@dataclass(slots=True)
+class _Settings:
+    """What stands before the command. Set anew by each command line."""
+
+    debug: bool = False
+
+
+_settings = _Settings()
 
 
 class _Plugins(TyperGroup):
@@ -147,8 +154,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if debug:
-        os.environ["PARLEY_DEBUG"] = "1"
+    _settings.debug = debug or os.environ.get("PARLEY_DEBUG", "") not in ("", "0")
 
 
 def build() -> typer.Typer:
