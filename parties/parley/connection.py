@@ -12,6 +12,7 @@ from typing import Final, Self
 from parley.member import Member
 from parley.session import Session
 from parley.transport import Transport
+from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.chain import verify_lineage
@@ -179,6 +180,8 @@ class Connection:
             if signed is None or signed.missing():
                 signed = self.agreement(digest).signed
             found.append(signed)
+            if len(found) > limits.VERSIONS:
+                raise MalformedError("the agreement has more versions before it than a series may have")
             digest = signed.agreement().replaces
         return verify_lineage(found[::-1])
 

@@ -271,16 +271,17 @@ class Session:
         from parley.sealing import source_digest
 
         is_file = isinstance(source, (str, Path))
-        digest = b""
+        digest, before = b"", tuple[int, ...]()
         if is_file:
             if not Path(source).is_file():
                 raise DataError("no such file", source=str(source))
+            before = _identity_of(Path(source))
             digest = source_digest(source)
             known = self._spooled(name, digest)
             if known is not None:
                 return known
         prepared = prepare(source, self.agreement, name, progress=progress)
-        if is_file and source_digest(source) != digest:
+        if is_file and _identity_of(Path(source)) != before:
             raise DataError("the file was changed while it was read", source=Path(source).name)
         if not is_file:
             digest = source_digest(source, prepared)
@@ -420,8 +421,8 @@ class Session:
         return verify_roster(reply.cose, offer, self.agreement), reply.cose
 
     def check_roster(self, roster: Roster) -> tuple[str, ...]:
-        """Why a roster is not signed without being asked: nobody may be absent, and no party may bring other inputs than
-        in a roster signed before under this head. Empty where there is no reason.
+        """Why a roster is not signed without being asked: nobody may be absent, and a roster signed before under this head
+        must have had the same parties with the same inputs. Empty where there is no reason.
 
         StateError, code "roster", where it is never signed: this member's own entry is not its own join.
         """
@@ -435,7 +436,9 @@ class Session:
         reasons = [f"{absentee.party} is absent ({absentee.reason})" for absentee in roster.absentees]
         for former in self._former(roster, joined):
             before = {item.party: item.input for item in former.roster.included}
-            changed = [item.party for item in roster.included if before.get(item.party, item.input) != item.input]
+            now = {item.party: item.input for item in roster.included}
+            # Not only other inputs: who is in one and not in the other is what the two releases differ by (G8).
+            changed = [party for party in self.agreement.parties if before.get(party) != now.get(party)]
             if changed:
                 reasons.append(f"you signed a roster under this head before, with other inputs of {', '.join(changed)}")
         return tuple(reasons)
@@ -490,13 +493,14 @@ class Session:
         return make
 
     def refuse(self) -> SessionStatus:
-        """Refuses the roster that stands: it ends, and the refusal names this member. StateError where it is signed."""
+        """Refuses the roster that stands: it ends, and the refusal names this member. StateError where it is signed.
+
+        Whatever the host does with the refusal, this member cannot sign that roster any more."""
         found = self._roster()
         if found is None:
             raise RefusedError("phase", "no roster stands")
         roster, _ = found
-        if self._state.signed_roster(roster.digest) is not None:
-            raise StateError("you have signed this roster; a consent is not taken back", code="roster")
+        self._state.decline(self.id, roster)
         signed = self.member.identity.sign(Refusal(roster.digest, self.name).to_bytes())
         self._transport.refuse(self.id, signed)
         return self.status()
@@ -640,6 +644,11 @@ class Session:
         if moved.head != record.head or not moved.sequence:
             raise StateError("the release does not follow the head that was verified", code="head")
         self._state.move_head(series.series, moved)
+
+
+def _identity_of(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _tell(progress: Progress | None, step: str, done: int, total: int) -> None:

@@ -329,7 +329,9 @@ class State:
                 raise StateError(
                     f"you signed version {known.newest.version}; sessions of other versions are not joined"
                 )
-            if joined.head != chain.head or (known.anchored and chain.sequence < known.sequence):
+            # Another process of this member may have gone on since the chain was verified, perhaps along another fork.
+            behind = chain.sequence < known.sequence or (chain.sequence == known.sequence and chain.head != known.head)
+            if joined.head != chain.head or (known.anchored and behind):
                 raise StateError("the session does not continue the head that was verified", code="head")
             others = self.others(joined.series, joined.head, joined.session)
             if others:
@@ -430,6 +432,17 @@ class State:
                 self._reached("roster-signature")
             self._finish_signature(signed)
             return signed
+
+    def decline(self, session: bytes, roster: Roster) -> None:
+        """Makes a refusal hold before it is sent: the one-time key goes, so a host that keeps the refusal to itself gains
+        nothing. StateError, code "roster", where the roster is signed."""
+        with self._transaction():
+            if self._load(SignedRoster, f"rosters/{roster.digest.hex()}") is not None:
+                raise StateError("you have signed this roster; a consent is not taken back", code="roster")
+            joined = self.joined(session)
+            if joined is not None and joined.join.roster_key in {entry.roster_key for entry in roster.included}:
+                self._drop_roster_key(joined.join.roster_key)
+            self._reached("refusal")
 
     def _finish_signature(self, signed: SignedRoster) -> None:
         # A crash between the signature and this leaves the key; it must go before the signature is sent.

@@ -365,6 +365,24 @@ def test_other_inputs_under_one_head_are_signed_by_hand_alone_and_named(desk: De
     assert payload(Countersignature, desk.wire.sent[-1][1]).former == (signed.digest,)
 
 
+def test_another_set_of_parties_under_one_head_is_signed_by_hand_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, quorum=1)
+    desk.sign()
+    first = desk.wire.open()
+    session_of(desk, "ada", first).submit({"visits": frame_of(1)})
+    first.issue(absent=("bea",))
+    session_of(desk, "ada", first).countersign(by_hand=True)
+    first.phase = "lost"
+    # Nobody is absent now, and ada's inputs are the same: what the two releases differ by is bea's.
+    second = desk.wire.open()
+    session_of(desk, "ada", second).join()
+    session_of(desk, "bea", second).submit({"visits": frame_of(2)})
+    roster = second.issue()
+    assert not roster.absentees
+    with pytest.raises(StateError, match="before, with other inputs of bea"):
+        session_of(desk, "ada", second).countersign()
+
+
 def test_who_refuses_does_not_sign_and_who_signed_does_not_refuse(desk: Desk) -> None:
     opened = desk.wire.open()
     both_join(desk, opened)

@@ -7,6 +7,7 @@ import pickle
 import secrets
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,21 @@ def test_the_head_never_goes_back(desk: Desk) -> None:
         state.move_head(b"\x09" * 48, ChainState())
     with pytest.raises(StateError, match="a head is trusted only where it is lost"):
         state.trust(desk.agreement, b"\1" * 48)
+
+
+def test_a_join_does_not_move_to_a_fork_that_another_process_did_not_follow(desk: Desk) -> None:
+    state, series = desk.members["ada"].state, desk.agreement.series
+    opened = desk.wire.open()
+    both_join(desk, opened)
+    joined = state.joined(opened.paper.offer.session)
+    assert joined is not None
+    state.move_head(series, ChainState(b"\2" * 48, 2, 2, 1))
+    fork = ChainState(b"\3" * 48, 2, 2, 1)
+    with pytest.raises(StateError) as caught:
+        state.begin_join(replace(joined, head=fork.head), Ed25519PrivateKey.generate(), fork)
+    assert caught.value.code == "head"
+    known = state.series(series)
+    assert known is not None and known.head == b"\2" * 48
 
 
 # Secrets
