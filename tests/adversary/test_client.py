@@ -600,6 +600,26 @@ def test_a_second_roster_over_the_same_data_costs_nothing(stage: Stage) -> None:
     assert len(countersigned(stage, "birch")) == 2
 
 
+def test_a_refusal_holds_when_the_host_drops_it(stage: Stage) -> None:
+    play_on(stage)
+    stage.session("amber").start()
+    stage.relay.hooks["refuse"] = lambda call: call.relay.get_session(call.member, call.arguments[0])
+    stage.session("birch").refuse()
+    assert stage.kept.host.state().phase == "rostered"
+    # Whoever signs for birch without asking, such as the client that waits, cannot.
+    for by_hand in (False, True):
+        with pytest.raises(StateError, match="used up"):
+            stage.session("birch").countersign(by_hand=by_hand)
+    stage.relay.hooks.clear()
+    stage.session("birch").refuse()
+    outcome = stage.play()
+    assert not outcome.errors
+    stage.check(outcome)
+    stage.relay.hooks["get_roster"] = lambda _call: pb.RosterReply(cose=stage.kept.roster)
+    with pytest.raises(StateError, match="not taken back"):
+        stage.session("birch").refuse()
+
+
 def test_a_restored_backup_cannot_sign_twice(stage: Stage, tmp_path: Path) -> None:
     play_on(stage)
     saved = tmp_path / "birch.backup"

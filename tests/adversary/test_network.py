@@ -167,7 +167,7 @@ def test_a_false_server_is_not_spoken_to(play: Play, tmp_path: Path) -> None:
     tls.make(tmp_path / "crt", tmp_path / "key", ["localhost"], moment(system_now_ms()))
     credentials = grpc.ssl_server_credentials([((tmp_path / "key").read_bytes(), (tmp_path / "crt").read_bytes())])
     with ThreadPoolExecutor(1) as pool:
-        server = grpc.server(pool, handlers=(Spy(),))
+        server = grpc.server(pool, handlers=[Spy()])
         port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
         try:

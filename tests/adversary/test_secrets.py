@@ -238,8 +238,8 @@ def test_a_session_leaves_no_key_value_or_name_behind(tmp_path: Path, capfd: pyt
         assert not any(value in text for value in values)
     # The members' own states keep the keys sealed and the tables nowhere but in the files that they brought.
     for name in frames:
-        mine = search([tmp_path / name / f"{name}.state"], secrets, ["MARKED-PERSON", "4321.09"])
-        assert not mine
+        kept = search([tmp_path / name / f"{name}.state"], secrets, ["MARKED-PERSON", "4321.09"])
+        assert not kept
     # The search finds what is there: the file that ann brought, and the key that she holds.
     assert search([tmp_path / "ann"], secrets, ["MARKED-PERSON"])
 
