@@ -37,12 +37,12 @@ class Console:
         """One labelled line for people."""
         if not self.as_json:
             gap = "" if len(label) < LABEL_WIDTH else "  "
-            typer.echo(f"{label:<{LABEL_WIDTH}}{gap}{text}".rstrip())
+            typer.echo(printable(f"{label:<{LABEL_WIDTH}}{gap}{text}".rstrip()))
 
     def text(self, text: str = "") -> None:
         """One line for people."""
         if not self.as_json:
-            typer.echo(text)
+            typer.echo(printable(text))
 
     def result(self, **values: Any) -> None:
         """The command's result for programs: one JSON object on one line."""
@@ -51,14 +51,15 @@ class Console:
 
     def note(self, text: str) -> None:
         """A remark on standard error, with and without --json."""
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
     def columns(self, rows: Sequence[Sequence[str]]) -> None:
         """Rows of text in aligned columns."""
         if not self.as_json and rows:
             widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
             for row in rows:
-                typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+                line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+                typer.echo(printable(line.rstrip()))
 
     def confirm(self, question: str, yes: bool) -> bool:
         """Asks; `yes` answers without asking. Without a terminal the answer is no."""
@@ -122,6 +123,11 @@ class Progress:
             self._rich = None
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what a coordinator or an agreement wrote moves no cursor and turns no line around."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
@@ -157,7 +163,10 @@ def when(ms: int) -> str:
     """A time for people, in UTC."""
     from datetime import UTC, datetime
 
-    moment = datetime.fromtimestamp(ms / 1000, UTC)
+    try:
+        moment = datetime.fromtimestamp(ms / 1000, UTC)
+    except (OverflowError, ValueError, OSError):  # the coordinator says so, and may say anything
+        return "no time"
     return f"{moment.day} {moment:%B}, {moment:%H:%M} UTC"
 
 

@@ -93,3 +93,17 @@ def test_small_forms() -> None:
     assert console.size(612_000) == "612.0 kB"
     assert console.when(1_796_638_320_000) == "7 December, 10:12 UTC"
     assert console.ago(1_000, 121_000) == "2 minutes ago"
+
+
+def test_what_a_coordinator_says_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "lost\x1b]0;title\x07\x9b2J\u202egnp"
+    out = console.Console()
+    out.text(hostile)
+    out.line("session", hostile)
+    out.columns([[hostile, "x"]])
+    out.note(hostile)
+    shown = capsys.readouterr()
+    for stream in (shown.out, shown.err):
+        assert "lost?]0;title??2J?gnp" in stream
+        assert all(character.isprintable() or character == "\n" for character in stream)
+    assert console.when(2**63 - 1) == console.when(2**64 - 1) == "no time"
