@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from parley import RefusedError, Release, StateError
+from parley import RefusedError, Release, StateError, save_signed
 from parley.session import Session
 from parley_protocol.errors import DataError
 from support.client import Members, frame_of, members
@@ -200,3 +203,35 @@ def test_a_refused_roster_ends_and_everybody_joins_again(three: Members) -> None
     check(release, list(frames.values()))
     # The same inputs: the roster that ann signed before costs nothing.
     assert release.verified.record.record.body.charged == 1
+
+
+def test_the_example_of_the_page_runs(three: Members, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (repository / "parties/README.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = three.folder / "ann"
+    save_signed(folder / "smoking.parley", three.connect("ann").agreement(three.agreement.digest).signed)
+    (folder / "beijing.key").symlink_to(folder / "ann.key")
+    (folder / "beijing.state").symlink_to(folder / "ann.state")
+    (folder / "coordinator.crt").symlink_to(three.coordinator.folder / "tls.crt")
+    frames = {"ann": frame_of(1), "bob": frame_of(2)}
+    frames["ann"].to_parquet(folder / "patients.parquet")
+    for before, after in (
+        ("coordinator:7443", three.coordinator.address),
+        ('"patients"', '"visits"'),
+        ("odds_ratio", "by_site"),
+    ):
+        assert before in example
+        example = example.replace(before, after)
+    monkeypatch.chdir(folder)
+    session = three.connect("ann").open(three.agreement)
+    three.connect("bob").session(session.id).submit({"visits": frames["bob"]})
+
+    def close_the_inputs() -> None:
+        while {phase for _, phase in session.status().parties} != {"joined"}:
+            time.sleep(0.1)
+        session.start()
+
+    names: dict[str, Any] = {}
+    run(lambda: exec(example, names), close_the_inputs, three.connect("bob").session(session.id).wait)
+    check(names["release"], list(frames.values()))
+    assert list(names["table"]["site"]) == ["north", "south", "west"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from parley import Connection, Member, connect
 from parley_deploy.nsm import LocalRoot, image_measurements
 from parley_deploy.pki import system_now_ms
 from parley_protocol.agreement.model import Agreement, Measurement, Normalise, Unit
+from support import image_tree
 from support.coordinator import Coordinator
 from support.enclave import Simulation, agreement_of
 
@@ -50,7 +52,7 @@ class Members:
         self.folder = folder
         self.coordinator = coordinator
         self.members: dict[str, Member] = {name: Member.generate(name, folder / name) for name in names}
-        measured = image_measurements(None)
+        measured = image_measurements(coordinator.tree)
         simulation = SimpleNamespace(
             root=LocalRoot.load(coordinator.folder / "root"),
             measurement=Measurement(measured[0], measured[1], measured[2]),
@@ -101,8 +103,24 @@ def members(folder: Path, names: Sequence[str], **options: Any) -> Iterator[Memb
     root = folder / "c" / "root"
     root.mkdir(parents=True)
     LocalRoot.create(system_now_ms()).save(root)
-    command = [sys.executable, "-m", "parley_deploy.enclave", "--root", str(root), "--workers", "1"]
+    # A copy of the image's tree: whoever edits the sources meanwhile changes no measurement.
+    tree = folder / "tree"
+    for package in image_tree.PACKAGES:
+        shutil.copytree(package, tree / package.name, ignore=shutil.ignore_patterns(*image_tree.LEFT_OUT))
+    shutil.copy(image_tree.LOCK, tree)
+    command = [
+        sys.executable,
+        "-m",
+        "parley_deploy.enclave",
+        "--root",
+        str(root),
+        "--workers",
+        "1",
+        "--tree",
+        str(tree),
+    ]
     with Coordinator(folder / "c", command) as coordinator:
+        coordinator.tree = tree
         made = Members(folder, coordinator, names, **options)
         made.confirm()
         try:
