@@ -2,6 +2,7 @@
 #
 #   make demo     two joint computations on real data, every member its own process
 #   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
+#   make faults   the fault tests alone: 30 random moments, and each step by itself   (PARLEY_FAULTS=100 for more)
 #   make check    lint, format, types, role boundaries, generated code
 #   make bench    figures as ratios, printed and written as JSON
 #   make protos   generated protobuf code anew
@@ -21,7 +22,7 @@ IMAGE_LOCK := deploy/parley_deploy/image/requirements.lock
 COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
 
-.PHONY: demo test check bench protos locks clean venv format
+.PHONY: demo test faults check bench protos locks clean venv format
 
 demo: $(READY)
 	$(BIN)/parley demo flights
@@ -29,6 +30,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(READY)
+	PARLEY_FAULTS=$(or $(PARLEY_FAULTS),30) $(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from parley.reading import PreparedTable, Progress
 from parley.spool import BLOB, ENTRY, SealedTable, Spooled, sealed_table
 from parley_protocol.agreement.schema import Table
 from parley_protocol.claims import VerifiedOffer
+from parley_protocol.errors import StateError
 from parley_protocol.identity import PrivateIdentity
 from parley_protocol.table import HASH_BYTES, KEY_PAD, Layout, bucket, frames_digest, seal_frame, seal_manifest
 from parley_protocol.transcript import Upload, UploadHeader, frame_key, key_commitment
@@ -56,6 +57,7 @@ def seal(
     """Seals a table under a fresh content key into a new directory of `spool`, named by the upload's digest.
 
     The host learns the size only to a bucket. Nothing is sealed for an enclave that was not verified: hence the offer.
+    StateError where the spool takes no more, as on a full disk; then nothing is left of the draft.
     """
     agreement = offer.agreement
     table = agreement.tables[prepared.name]
@@ -96,8 +98,10 @@ def seal(
         folder = spool / upload.digest.hex()
         draft.rename(folder)
         sync_folder(spool)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StateError(f"the sealed table does not go into {spool}: {error.strerror}") from error
         raise
     return sealed_table(folder, entry, prepared.ignored)
 

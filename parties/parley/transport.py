@@ -238,7 +238,10 @@ class Transport:
             try:
                 return method(request, timeout=seconds, metadata=self._metadata())
             except grpc.RpcError as error:
-                raise _translated(error) from None
+                found = _translated(error)
+                if found.code == "expired":
+                    self._caller = None  # a clock was set meanwhile: the next attempt says anew who calls
+                raise found from None
 
         return self._again(once, self._patience_s)
 

@@ -352,7 +352,7 @@ def verify_caller(signed: bytes, server: bytes, *, now_ms: int) -> Caller:
     _require(
         0 < left <= limits.CALLER_AGE_MS + limits.CLOCK_SKEW_MS,
         "cal-3",
-        "expired, or valid for too long",
+        "expired, or valid for too long: the caller's clock or the coordinator's is off",
         code="expired",
     )
     return caller

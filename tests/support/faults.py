@@ -1,7 +1,5 @@
 """Sessions whose processes are killed: a stage that is set once and copied for each trial, members who go on by
 themselves as a patient user would, and the moments at which something dies.
-
-Also a program: `python -m support.faults member ...` is one member in a process of its own, which kills itself at a step.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,162 +27,20 @@ import pandas as pd
 
 from parley import Connection, Member, Release
 from parley.session import Session, SessionStatus
-from parley.transport import Progress, Transport
-from parley_protocol import limits
-from parley_protocol.agreement.canonical import parse
 from parley_protocol.agreement.model import Agreement
-from parley_protocol.bundle import Bundle
-from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import RefusedError, UnavailableError
-from parley_protocol.transcript import RecordBody, Upload
-from parley_protocol.v1 import coordinator_pb2 as pb
 from support.client import frame_of, members
 from support.coordinator import Coordinator
 from support.enclave import until
+from support.member import LIMIT_S, PATIENCE_S, Ledger, Outcome, Told, Wire
 
 NAMES: Final = ("ann", "bob", "cyd", "dan")
 PARTIES: Final = NAMES[:3]
 """They bring tables; ann opens and starts. dan is the analyst."""
-LIMIT_S: Final = 120.0
-"""Nothing here takes longer, on a machine that is busy."""
-PATIENCE_S: Final = 30.0
-ROWS: Final = {"ann": 45_000, "bob": 900, "cyd": 900}
-"""ann's sealed table has more than one message of an upload."""
-
-Told = Callable[[str], None]
-
-
-# What was sent
-
-
-class Ledger:
-    """The bytes of uploads that clients sent and that the coordinator acknowledged. None may be sent after that (§8)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._acknowledged: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-        self.twice: list[str] = []
-
-    def acknowledge(self, upload: str, stored: int) -> None:
-        """The coordinator told that it has the first bytes."""
-        with self._lock:
-            self._acknowledged[upload] = max(self._acknowledged[upload], stored)
-
-    def send(self, upload: str, offset: int, length: int) -> None:
-        """A client sends a chunk."""
-        with self._lock:
-            self.sent[upload] += length
-            if offset < self._acknowledged[upload]:
-                self.twice.append(
-                    f"{upload[:8]}: bytes from {offset}, of which {self._acknowledged[upload]} were stored"
-                )
-
-
-class Wire(Transport):
-    """A client's wire that tells each step, and enters what it sends in a ledger."""
-
-    def __init__(
-        self,
-        address: str,
-        member: Member,
-        certificate: str,
-        told: Told,
-        ledger: Ledger,
-        *,
-        patience_s: float = PATIENCE_S,
-    ) -> None:
-        self._told = told
-        self._ledger = ledger
-        self.chunks = 0
-        """Where not 0: the next upload stream ends after so many chunks, as when a connection breaks."""
-        super().__init__(address, member.identity, certificate, patience_s=patience_s)
-
-    def open_session(self, request: bytes, agreement: bytes) -> pb.SessionState:
-        state = super().open_session(request, agreement)
-        self._told("opened")
-        return state
-
-    def upload(self, digest: bytes, cose: bytes, blob: Path, progress: Progress | None = None) -> None:
-        self._told("uploading")
-        super().upload(digest, cose, blob, progress)
-        self._ledger.acknowledge(digest.hex(), blob.stat().st_size)
-        self._told("uploaded")
-
-    def _uploaded(self, digest: bytes) -> pb.UploadState | None:
-        state = super()._uploaded(digest)
-        if state is not None:
-            self._ledger.acknowledge(digest.hex(), state.stored)
-        return state
-
-    def _chunks(  # type: ignore[override]  # static there
-        self, cose: bytes, blob: Path, stored: int, progress: Progress | None
-    ) -> Iterator[pb.UploadRequest]:
-        upload = Upload.from_bytes(payload_unverified(cose)).digest.hex()
-        left, self.chunks = self.chunks, 0
-        if stored:
-            self._told("resuming")
-        for request in Transport._chunks(cose, blob, stored, progress):
-            if request.WhichOneof("part") == "chunk":
-                self._ledger.send(upload, request.chunk.offset, len(request.chunk.data))
-            yield request
-            if request.WhichOneof("part") == "chunk":
-                self._told("chunk")
-                left -= 1
-                if left == 0:
-                    return
-
-    def put_join(self, session: bytes, cose: bytes) -> pb.JoinReply:
-        self._told("joining")
-        reply = super().put_join(session, cose)
-        self._told("joined")
-        return reply
-
-    def start(self, session: bytes, cose: bytes) -> pb.RosterReply:
-        self._told("starting")
-        return super().start(session, cose)
-
-    def put_countersignature(
-        self, session: bytes, cose: bytes, former: list[tuple[bytes, bytes, bytes]]
-    ) -> pb.SessionState:
-        self._told("signing")
-        state = super().put_countersignature(session, cose, former)
-        self._told("signed")
-        return state
-
-    def bundle(self, session: bytes, progress: Progress | None = None) -> bytes:
-        def fetching(step: str, done: int, total: int) -> None:
-            self._told("fetching")
-            if progress is not None:
-                progress(step, done, total)
-
-        data = super().bundle(session, fetching)
-        self._told("fetched")
-        return data
-
+ROWS: Final = {"ann": 900, "bob": 45_000, "cyd": 900}
+"""bob's sealed table has more than one message of an upload."""
 
 # The stage
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a release says: its record's body, and per output the plaintext. Equal for equal runs, byte for byte."""
-
-    body: bytes
-    plaintexts: tuple[tuple[str, bytes, bytes], ...]
-
-    @classmethod
-    def of(cls, release: Release) -> Outcome:
-        """The outcome of a verified release that this member opened."""
-        opened = Bundle.from_bytes(release.opened_bundle()).opened
-        assert opened
-        body = release.verified.record.record.body.to_bytes()
-        return cls(body, tuple((item.output, item.salt, item.plaintext) for item in opened))
-
-    @property
-    def record(self) -> RecordBody:
-        """The record's body."""
-        return RecordBody.from_bytes(self.body)
 
 
 class Stage:
@@ -268,10 +125,11 @@ class Trial:
         self.ledger = Ledger()
         self.told: Callable[[str, str], None] = lambda _step, _name: None
         self.broken_uploads = False
-        """Whether ann's first upload stream breaks after a chunk."""
+        """Whether bob's first upload stream breaks after a chunk."""
         self.over = threading.Event()
         self._dying = threading.Lock()
-        self._current = b""
+        self.session = b""
+        """The session that ann opened last."""
         self._opened = threading.Condition()
         self._died: list[str] = []
 
@@ -335,7 +193,7 @@ class Trial:
         certificate = (self.coordinator.folder / "tls.crt").read_text()
         told: Told = lambda step: self.told(step, name)  # noqa: E731
         wire = Wire(self.coordinator.address, member, certificate, told, self.ledger, patience_s=patience_s)
-        if self.broken_uploads and name == "ann":
+        if self.broken_uploads and name == "bob":
             wire.chunks, self.broken_uploads = 1, False
         return Connection(member, wire)
 
@@ -397,11 +255,11 @@ class Trial:
         if name == PARTIES[0]:
             opened = connection.open(self.agreement)
             with self._opened:
-                self._current = opened.id
+                self.session = opened.id
                 self._opened.notify_all()
             return opened
         with self._opened:
-            self._opened.wait_for(lambda: self._current not in (b"", lost), 1.0)
+            self._opened.wait_for(lambda: self.session not in (b"", lost), 1.0)
         return connection.session(self.agreement)
 
     def _attend(self, name: str, session: Session) -> None:
@@ -426,6 +284,19 @@ class Trial:
             assert found.body == expected.body, (name, found.record, expected.record)
         assert self.ledger.twice == []
         assert self.coordinator.faults == []
+
+    def start_play(self, *names: str) -> Future[dict[str, Release]]:
+        """`play` of some members in a thread."""
+        playing: Future[dict[str, Release]] = Future()
+
+        def run() -> None:
+            try:
+                playing.set_result(self.play(names))
+            except BaseException as error:
+                playing.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return playing
 
     @property
     def lost(self) -> int:
@@ -751,7 +622,7 @@ def start_member(trial: Trial, name: str, **options: Any) -> Running:
     tests = str(Path(__file__).resolve().parent.parent)
     paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "support.faults", json.dumps(task)],
+        [sys.executable, "-m", "support.member", json.dumps(task)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -759,54 +630,3 @@ def start_member(trial: Trial, name: str, **options: Any) -> Running:
         text=True,
     )
     return Running(trial, process)
-
-
-class _Spoken(Ledger):
-    def acknowledge(self, upload: str, stored: int) -> None:
-        _say("stored", upload, stored)
-
-    def send(self, upload: str, offset: int, length: int) -> None:
-        _say("sent", upload, offset, length)
-
-
-def _say(*parts: object) -> None:
-    print(*parts, flush=True)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """One member: joins the live session of the agreement, signs, waits, fetches. Exit code 1 after an error that it tells."""
-    task = json.loads(arguments[0])
-    if task["ahead_s"]:
-        real, ahead = time.time_ns, int(task["ahead_s"] * 1e9)
-        time.time_ns = lambda: real() + ahead
-    if task["file_bytes"]:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (task["file_bytes"], task["file_bytes"]))
-
-    def reached(step: str) -> None:
-        _say("reached", step)
-        if step == task["die_at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    member = Member.load(task["key"], reached=reached)
-    agreement = parse(bytes.fromhex(task["agreement"]))
-    certificate = Path(task["certificate"]).read_text()
-    try:
-        wire = Wire(task["address"], member, certificate, reached, _Spoken(), patience_s=task["patience_s"])
-        with Connection(member, wire) as connection:
-            session = connection.session(agreement)
-            session.submit({"visits": task["csv"]}, lambda step, _done, _total: reached(f"progress-{step}"))
-            if task["until_step"] == "release":
-                session.wait(timeout_s=LIMIT_S / 2)
-                release = session.release()
-                _say("released", release.sequence, Outcome.of(release).body.hex())
-    except Exception as error:
-        _say("error", type(error).__name__, getattr(error, "code", "-"), str(error).replace("\n", " "))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    assert ROWS["ann"] * 25 > limits.CHUNK_BYTES
-    sys.exit(main(sys.argv[1:]))

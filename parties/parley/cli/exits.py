@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from errno import EDQUOT, EFBIG, ENOSPC
 from typing import Final
 
 
@@ -73,11 +74,15 @@ def describe(error: Exception) -> tuple[str, str, Exit]:
             code = Exit.REFUSED
         else:
             code = code_of(error.code)
-        return error.message, error.code, code
+        # A table is read to its end before anything is sealed.
+        said = f"{error.message}.  Nothing was sent." if isinstance(error, DataError) else error.message
+        return said, error.code, code
     if isinstance(
         error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError | FileExistsError
     ):
         return f"{error.filename}: {error.strerror}", "file", Exit.USAGE
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+        return f"{error.filename or 'the disk'}: {error.strerror}", "file", Exit.UNAVAILABLE
     # The text of a foreign error may quote a value of the data, so only its type is shown.
     return f"an error in parley itself ({type(error).__name__})", "internal", Exit.INTERNAL
 
