@@ -155,8 +155,9 @@ def newest(text: str, found: list[SignedAgreement]) -> SignedAgreement:
     return max(found, key=lambda signed: signed.agreement().version)
 
 
-def find_session(text: str, connection: Connection) -> Session:
-    """The session that `text` names: the start of its id, or an agreement whose live session is meant."""
+def find_session(text: str, connection: Connection, *, released: bool = False) -> Session:
+    """The session that `text` names: the start of its id, or an agreement whose live session is meant (`released`: the
+    newest that has a release)."""
     digits = text.replace("-", "").lower()
     if _HEX.fullmatch(digits):
         matching = [session for session in connection.sessions() if session.hex().startswith(digits)]
@@ -166,8 +167,37 @@ def find_session(text: str, connection: Connection) -> Session:
             raise Failure(f"{text}: {len(matching)} sessions begin so; give more digits", Exit.USAGE, "unknown-session")
         if len(digits) == 32:
             return connection.session(bytes.fromhex(digits))
+        opened = _opened(digits, connection)
+        if opened is not None:
+            return connection.session(opened)
     agreement = find_agreement(text, None, None, None, connection=connection).agreement()
-    return connection.session(agreement)
+    if not released:
+        return connection.session(agreement)
+    waiting = [item for item in connection.inbox() if item.kind == "fetch" and item.agreement == agreement.digest]
+    if waiting:
+        return connection.session(max(waiting, key=lambda item: item.since_ms).session)
+    known = [connection.session(session) for session in connection.sessions()]
+    done = [
+        session
+        for session in known
+        if session.agreement.digest == agreement.digest and session.status().phase == "released"
+    ]
+    if not done:
+        raise Failure(f"{agreement.title} has no release yet", Exit.UNAVAILABLE, "phase")
+    if len(done) > 1:
+        names = ", ".join(session.id.hex()[:8] for session in done)
+        raise Failure(
+            f"{agreement.title} has several releases: name the session ({names})", Exit.USAGE, "unknown-session"
+        )
+    return done[0]
+
+
+def _opened(digits: str, connection: Connection) -> bytes | None:
+    """A session that was opened under one of the caller's agreements, though nothing in it waits for the caller."""
+    for event in connection.transport.events(0, b"", 2.0):
+        if event.kind == "opened" and bytes(event.session).hex().startswith(digits):
+            return bytes(event.session)
+    return None
 
 
 def backup_passphrase(*, again: bool) -> str:

@@ -31,9 +31,7 @@ def register(app: typer.Typer) -> None:
 def fetch(
     session: Annotated[
         str,
-        typer.Argument(
-            help="Start of the session's id, or the agreement whose live session is meant.", metavar="SESSION"
-        ),
+        typer.Argument(help="Start of the session's id, or an agreement: its newest release.", metavar="SESSION"),
     ],
     opened: Annotated[
         bool, typer.Option("--open", help="Write a bundle that stands open, so that a stranger can read and verify it.")
@@ -47,7 +45,7 @@ def fetch(
     """Fetch a release, verify it, and keep it as one file."""
     out = Console(as_json)
     with connect(key, to, cert) as connection:
-        found = find_session(session, connection)
+        found = find_session(session, connection, released=True)
         ending = ".open.bundle" if opened else ".bundle"
         file = path or Path(f"{found.agreement.title}-{found.id.hex()[:4]}{ending}")
         with out.progress() as bars:
