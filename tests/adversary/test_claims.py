@@ -79,8 +79,11 @@ def seen(
 
 def foreign_image(stage: Stage) -> object:
     """The agreement wants another image than the one that runs."""
-    wanted = replace(stage.agreement, measurements=(Measurement(b"\1" * 48, b"\2" * 48, b"\3" * 48),))
-    return seen(wanted, Paper(wanted, stage.w.root))
+    other = Measurement(b"\1" * 48, b"\2" * 48, b"\3" * 48)
+    wanted = replace(stage.agreement, measurements=(other,))
+    running = Paper(stage.agreement, stage.w.root, pcr16=wanted.digest)
+    running.offer = replace(running.offer, agreement=wanted.digest)
+    return seen(wanted, running)
 
 
 def stale_document(stage: Stage) -> object:

@@ -185,9 +185,8 @@ def dropped_join(_stage: Stage, _call: Call) -> Any:
 def upload_of_another(stage: Stage, call: Call) -> Any:
     """Keeps another party's bytes in place of this party's."""
     digest, signed, blob = call.arguments
-    _, _, theirs = next(iter(stage.relay.blobs.values()))
-    assert len(theirs) == len(blob) and theirs != blob
-    return call.honest(digest, signed, theirs)
+    others = [theirs for _, _, theirs in stage.relay.blobs.values() if theirs != blob and len(theirs) == len(blob)]
+    return call.honest(digest, signed, others[0]) if others else call.honest()
 
 
 def truncated_upload(_stage: Stage, call: Call) -> Any:
@@ -206,7 +205,7 @@ def reordered_upload(_stage: Stage, call: Call) -> Any:
 def join_of_another(stage: Stage, call: Call) -> Any:
     """Hands in another party's join, and gives its receipt."""
     others = [found for found, _ in stage.relay.history if found.op == "put_join" and found.member != call.member]
-    return call.honest(call.arguments[0], others[0].arguments[1])
+    return call.honest(call.arguments[0], others[0].arguments[1]) if others else call.honest()
 
 
 def invented_receipt(stage: Stage, call: Call) -> Any:
@@ -234,7 +233,7 @@ def altered_roster(_stage: Stage, call: Call) -> Any:
 def consent_of_another(stage: Stage, call: Call) -> Any:
     """Hands in another party's countersignature."""
     others = [f for f, _ in stage.relay.history if f.op == "put_countersignature" and f.member != call.member]
-    return stage.relay.put_countersignature(others[0].member, *others[0].arguments)
+    return stage.relay.put_countersignature(others[0].member, *others[0].arguments) if others else call.honest()
 
 
 def spoiled_bundle(change: Callable[[Stage, Bundle], Bundle]) -> Callable[[Stage, Call], Any]:

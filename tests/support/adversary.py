@@ -236,7 +236,7 @@ class Relay:
 
     def attest(self, _member: str, session: bytes, nonce: bytes) -> pb.AttestReply:
         kept = self.kept(session)
-        document = kept.host.want("attested", attest=epb.Attest(session=session, nonce=nonce)).document
+        document = self._good(kept.host.ask(attest=epb.Attest(session=session, nonce=nonce))).attested.document
         kept.document = document
         return pb.AttestReply(offer=kept.offer, document=document)
 

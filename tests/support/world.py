@@ -63,9 +63,12 @@ class Paper:
         head: bytes = GENESIS,
         now_ms: int = NOW,
     ) -> None:
+        """`pcr16`: what the module was told in place of the agreement's digest. The image is the agreement's first."""
         self.agreement = agreement
         self.clock = now_ms
-        self._nsm = SimulatedNsm(root, image_measurements(None), now_ms=lambda: self.clock, random=os.urandom)
+        image = agreement.measurements[0]
+        registers = {**image_measurements(None), 0: image.pcr0, 1: image.pcr1, 2: image.pcr2}
+        self._nsm = SimulatedNsm(root, registers, now_ms=lambda: self.clock, random=os.urandom)
         self._request({"ExtendPCR": {"index": 16, "data": pcr16 or agreement.digest}})
         self._request({"LockPCR": {"index": 16}})
         self.key = Ed25519PrivateKey.generate()
