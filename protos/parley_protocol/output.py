@@ -25,9 +25,9 @@ FLOAT_TYPE = "float"
 DECIMAL_TYPE = "decimal"
 _TYPES = (LABEL_TYPE, COUNT_TYPE, FLOAT_TYPE, DECIMAL_TYPE)
 _FLOAT = struct.Struct("<d")
-_WIDEST = {COUNT_TYPE: 9, FLOAT_TYPE: 9, DECIMAL_TYPE: 44}
+WIDEST = {COUNT_TYPE: 9, FLOAT_TYPE: 9, DECIMAL_TYPE: 44}
 """Bytes of the widest cell: a u64, eight bytes with their length, the sum of 2^40 values of 64 bits with sign and point."""
-_FRAME_BYTES = 256
+FRAME_BYTES = 256
 """More than the heads of the arrays in an output and its reasons take."""
 
 
@@ -115,8 +115,8 @@ class OutputTable(Statement):
         """Bytes that no output of these names, labels, types and rows exceeds, whatever its values: never the values' own."""
         names: list[Encodable] = [[column.name, column.type] for column in self.columns]
         labels: list[Encodable] = [[cell for cell in column.cells if type(cell) is str] for column in self.columns if column.type == LABEL_TYPE]
-        cells = self.rows * len(labels) + sum(self.rows * _WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
-        bound = len(encode([self.name, self.kind, names, labels])) + cells + 16 * len(self.columns) + _FRAME_BYTES
+        cells = self.rows * len(labels) + sum(self.rows * WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
+        bound = len(encode([self.name, self.kind, names, labels])) + cells + 16 * len(self.columns) + FRAME_BYTES
         return min(bound, limits.OUTPUT_BYTES)
 
     def check(self) -> None:

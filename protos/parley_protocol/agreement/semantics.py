@@ -15,6 +15,7 @@ from parley_protocol.agreement.schema import Table
 from parley_protocol.attestation.roots import NITRO_ROOTS
 from parley_protocol.errors import AgreementError, Problem
 from parley_protocol.identity import PublicIdentity
+from parley_protocol.output import FRAME_BYTES, WIDEST
 
 if TYPE_CHECKING:
     from parley_protocol.agreement.model import Agreement, Grouping, Measurement, Output, Rules, Session
@@ -143,7 +144,21 @@ def of_outputs(outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Fo
             yield f"{path}.by", f"{output.rows} combinations are more than {limits.CELLS}"
         elif output.rows * (len(output.by) + len(output.values)) > limits.OUTPUT_VALUES:
             yield f"{path}.by", f"combinations times columns are more than {limits.OUTPUT_VALUES}"
+        elif (most := plaintext_bytes(output)) > limits.OUTPUT_BYTES:
+            # Found at signing: an enclave that found it would have computed, and been charged, for nothing.
+            yield f"{path}.by", f"the output may take {most} bytes, more than {limits.OUTPUT_BYTES}: shorten its labels"
     yield from _nesting(outputs)
+
+
+def plaintext_bytes(output: Output) -> int:
+    """What no plaintext of the output exceeds; at least `OutputTable.widest`."""
+    labels = sum(
+        output.rows // grouping.size * sum(len((label or "").encode()) + 5 for label in grouping.labels)
+        for grouping in output.by
+    )
+    values = output.rows * sum(WIDEST[value.type] for value in output.values)
+    columns = len(output.by) + len(output.values)
+    return labels + values + (columns + 2) * 2 * limits.NAME_BYTES + FRAME_BYTES
 
 
 def _nesting(outputs: Mapping[str, Output]) -> Found:

@@ -11,12 +11,14 @@ import pytest
 from parley_protocol import limits
 from parley_protocol.agreement.canonical import canonical, parse
 from parley_protocol.agreement.lint import Level, lint
-from parley_protocol.agreement.model import LABEL, Agreement, Rules, effective
+from parley_protocol.agreement.model import LABEL, Agreement, Output, Rules, effective
 from parley_protocol.agreement.schema import Column, ColumnType, Table, physical, text_of
+from parley_protocol.agreement.semantics import plaintext_bytes
 from parley_protocol.agreement.signed import SignedAgreement, sign
 from parley_protocol.agreement.source import Tree, build
 from parley_protocol.encoding import decode, encode, sha384
 from parley_protocol.errors import AgreementError, MalformedError, VerificationError
+from parley_protocol.output import OutputColumn, OutputTable, Reason
 from parley_protocol.transcript import AgreementSignature
 from support.agreements import agreement, identity, read, tree
 
@@ -488,3 +490,44 @@ def test_hostile_sizes_are_refused_at_the_first_problem() -> None:
         with pytest.raises(MalformedError) as caught:
             parse(changed(change))
         assert len(caught.value.message) < 1000
+
+
+def _empty(output: Output) -> OutputTable:
+    """The output with every value hidden."""
+    columns, inner = [], output.rows
+    for grouping in output.by:
+        inner //= grouping.size
+        cells = [label for label in grouping.labels for _ in range(inner)]
+        columns.append(OutputColumn(grouping.name, "label", tuple(cells * (output.rows // len(cells)))))
+    nothing = (None,) * output.rows
+    columns += [OutputColumn(value.name, value.type, nothing) for value in output.values]
+    reasons = (Reason("min_units", output.rows * len(output.values)),)
+    return OutputTable(bytes(48), output.name, "aggregate", tuple(columns), output.rows, reasons)
+
+
+def _with_labels(length: int) -> dict[str, Tree]:
+    """flights, by two categories of 1,000 and of 90 values of `length` characters."""
+    base = tree("flights")
+    tables, outputs = base["tables"], base["outputs"]
+    assert isinstance(tables, dict)
+    assert isinstance(tables["flights"], dict)
+    assert isinstance(tables["flights"]["columns"], dict)
+    assert isinstance(outputs, dict)
+    assert isinstance(outputs["delay_by_engine"], dict)
+    for name, count in (("tail", 1000), ("crew", 90)):
+        values: list[Tree] = [f"{number:04d}".ljust(length, "x") for number in range(count)]
+        tables["flights"]["columns"][name] = {"type": "category", "values": values, "null": "false"}
+    outputs["delay_by_engine"]["by"] = {"tail": "tail", "crew": "crew"}
+    return base
+
+
+@pytest.mark.parametrize("base", [tree("flights"), tree("pay"), _with_labels(40)], ids=["flights", "pay", "labels"])
+def test_no_output_is_longer_than_its_agreement_was_checked_for(base: dict[str, Tree]) -> None:
+    for output in build(base, read).outputs.values():
+        empty = _empty(output)
+        assert len(empty.to_bytes()) <= empty.widest <= plaintext_bytes(output) <= limits.OUTPUT_BYTES
+
+
+def test_an_output_that_may_not_fit_is_refused() -> None:
+    with pytest.raises(AgreementError, match="outputs.delay_by_engine.by: the output may take 20342304 bytes"):
+        build(_with_labels(90), read)
