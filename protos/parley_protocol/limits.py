@@ -82,6 +82,8 @@ OUTPUT_BYTES: Final = 16 << 20
 """One output's plaintext: 100,000 rows of 16 columns fit."""
 SEALED_OUTPUT_BYTES: Final = OUTPUT_BYTES + 4096
 """The same, sealed: salt, KEM and tag beside it."""
+RELEASE_BYTES: Final = 256 << 20
+"""All outputs, each as often as it has recipients: an enclave holds them at once, and a bundle has room for the rest."""
 BUNDLE_BYTES: Final = 512 << 20
 """A bundle: sealed once per output and recipient."""
 CALLER_AGE_MS: Final = 5 * 60 * 1000

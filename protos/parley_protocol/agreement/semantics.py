@@ -147,6 +147,10 @@ def of_outputs(outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Fo
         elif (most := plaintext_bytes(output)) > limits.OUTPUT_BYTES:
             # Found at signing: an enclave that found it would have computed, and been charged, for nothing.
             yield f"{path}.by", f"the output may take {most} bytes, more than {limits.OUTPUT_BYTES}: shorten its labels"
+    sealed = sum(plaintext_bytes(output) * len(output.recipients) for output in outputs.values())
+    if sealed > limits.RELEASE_BYTES:
+        message = f"sealed to each of their recipients they may take {sealed} bytes, more than {limits.RELEASE_BYTES}"
+        yield "outputs", message
     yield from _nesting(outputs)
 
 

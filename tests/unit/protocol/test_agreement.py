@@ -531,3 +531,13 @@ def test_no_output_is_longer_than_its_agreement_was_checked_for(base: dict[str, 
 def test_an_output_that_may_not_fit_is_refused() -> None:
     with pytest.raises(AgreementError, match="outputs.delay_by_engine.by: the output may take 20342304 bytes"):
         build(_with_labels(90), read)
+
+
+def test_a_release_that_may_not_fit_is_refused() -> None:
+    base = _with_labels(40)
+    assert isinstance(base["outputs"], dict)
+    base["outputs"]["delay_by_engine"]["to"] = ["carriers", "analyst", "registry"]
+    with pytest.raises(
+        AgreementError, match=r"outputs: sealed to each of their recipients they may take 2\d{8} bytes, more"
+    ):
+        build(_with_labels(60) | {"outputs": base["outputs"]}, read)
