@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -32,6 +33,9 @@ from parley_protocol.transcript import Roster
 from parley_protocol.v1 import coordinator_pb2
 
 NONCE_BYTES = 32
+JUDGED = 8
+"""Joins of one key at a time: one in each session that a coordinator's enclaves run, and its repetitions."""
+JUDGED_MS = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._live: dict[int, Live] = {}
         self._series: dict[bytes, threading.Lock] = {}
+        self._judged: Counter[bytes] = Counter()
 
     def close(self) -> None:
         """Lets go of all enclaves, which live on until the next start."""
@@ -236,9 +241,22 @@ class Sessions:
         return row.offer, attached.attest(nonce)
 
     def join(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, str]:
-        """(receipt, "") or (b"", code)."""
+        """(receipt, "") or (b"", code). A key that has JUDGED joins judged already is told to come again: each holds a thread,
+        for as long as its tables take, and the other members need some too."""
         _, name, attached = self._attached(key, identifier)
-        return attached.join(name, cose)
+        with self._lock:
+            if self._judged[key] >= JUDGED:
+                raise UnavailableError(
+                    f"{JUDGED} joins of this key are judged; wait for one", code="busy", retry_after_ms=JUDGED_MS
+                )
+            self._judged[key] += 1
+        try:
+            return attached.join(name, cose)
+        finally:
+            with self._lock:
+                self._judged[key] -= 1
+                if not self._judged[key]:
+                    del self._judged[key]
 
     def start(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, tuple[str, ...]]:
         """(roster, who has not countersigned)."""
