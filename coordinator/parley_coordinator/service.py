@@ -42,6 +42,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 WATCH_S = 30.0
 """A stream looks for events at least so often, also when no bell rang: other processes write to the store too."""
+BURST_S = 0.05
+"""How long a stream lets events gather after a bell."""
 WAITING = 4
 """Messages of one upload that wait for the disk: memory of a stream."""
 PATIENCE_S = 0.25
@@ -149,6 +151,8 @@ class Service(CoordinatorServicer):
                     yield _event(row)
                 if not rows:
                     await _within(rung, WATCH_S)
+                    # Events come in bursts, as many parties join: one query finds all of a burst.
+                    await asyncio.sleep(BURST_S)
             await _abort(context, _stopping())
         finally:
             self._bell.unsubscribe(rung)

@@ -85,8 +85,9 @@ class Contacts:
         """`confirm` for each of `fingerprints`: all of them, or none where one is refused."""
         found = []
         with self._changing() as entries:
+            known = {contact.name: contact for contact in self.list()}
             for name, fingerprint in fingerprints.items():
-                contact = self.get(name)
+                contact = known.get(name) or self.get(name)
                 if _digits(fingerprint) != _digits(contact.fingerprint):
                     raise StateError(
                         f"the fingerprint of {name} is {contact.fingerprint}, not the one that you were told"

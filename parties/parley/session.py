@@ -54,7 +54,7 @@ Progress = Callable[[str, int, int], None]
 NOISE_SHARE: Final = b"parley/1/noise-share"
 _WAKE_S: Final = 10.0
 """Without an event, a waiting client asks so often."""
-_BURST_S: Final = 0.1
+_BURST_S: Final = 0.2
 """How long a waiting client lets events gather before it asks."""
 
 

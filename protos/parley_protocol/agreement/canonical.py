@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+from functools import lru_cache
 from typing import NoReturn
 
 from parley_protocol import limits
@@ -23,6 +24,12 @@ def canonical(agreement: Agreement) -> bytes:
 
 def parse(data: bytes) -> Agreement:
     """The agreement whose canonical form is `data`; MalformedError for anything else."""
+    # Agreements are immutable, and a client meets the same one in every step of a session.
+    return _parse(bytes(data))
+
+
+@lru_cache(maxsize=4)
+def _parse(data: bytes) -> Agreement:
     value = decode(data, limit=limits.AGREEMENT_BYTES)  # agr-4
     if type(value) is not list or len(value) != 2 or value[0] != LABEL or type(value[1]) is not dict:
         raise MalformedError("not an agreement")
