@@ -27,7 +27,7 @@ from parley_protocol.errors import MalformedError, VerificationError
 _MAGIC: Final = b"parley/1/backup\n"
 _SALT_BYTES: Final = 16
 _NONCE_BYTES: Final = 12
-_LEFT_OUT: Final = ("roster-keys", "lock")
+_LEFT_OUT: Final = ("roster-keys", "lock", "uploads.lock")
 
 
 def backup(member: Member, path: str | Path, passphrase: str) -> None:

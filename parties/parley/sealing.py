@@ -6,18 +6,20 @@ and the content key stand in one directory of the spool, which appears whole or 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from parley.disk import Vault, sync_folder, write_file
+from parley.disk import Vault, locked, make_folder, sync_folder, write_file
 from parley.reading import PreparedTable, Progress
 from parley.spool import BLOB, ENTRY, SealedTable, Spooled, sealed_table
 from parley_protocol.agreement.schema import Table
@@ -75,35 +77,67 @@ def seal(
     )
     header_bytes = header.to_bytes()
     layout = Layout.of(header, table.widths)
-    draft = spool / f".{header.upload_id.hex()}"
-    draft.mkdir(parents=True, mode=0o700)
     try:
-        key = AESGCM(frame_key(content_key, header_bytes))
-        digests = _write_blob(draft / BLOB, prepared, table, layout, key, threads, progress)
-        upload = Upload(header_bytes, frames_digest(digests))
-        entry = Spooled(
-            agreement.digest,
-            party,
-            table.name,
-            upload.digest,
-            identity.sign(upload.to_bytes()),
-            source,
-            vault.seal(content_key, b"content-key" + upload.digest),
-            prepared.rows,
-            prepared.units,
-            prepared.dropped,
-            layout.size,
-        )
-        write_file(draft / ENTRY, entry.to_bytes())
-        folder = spool / upload.digest.hex()
-        draft.rename(folder)
-        sync_folder(spool)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise StateError(f"the sealed table does not go into {spool}: {error.strerror}") from error
-        raise
+        with _drafted(spool, f".{header.upload_id.hex()}") as draft:
+            key = AESGCM(frame_key(content_key, header_bytes))
+            digests = _write_blob(draft / BLOB, prepared, table, layout, key, threads, progress)
+            upload = Upload(header_bytes, frames_digest(digests))
+            entry = Spooled(
+                agreement.digest,
+                party,
+                table.name,
+                upload.digest,
+                identity.sign(upload.to_bytes()),
+                source,
+                vault.seal(content_key, b"content-key" + upload.digest),
+                prepared.rows,
+                prepared.units,
+                prepared.dropped,
+                layout.size,
+            )
+            write_file(draft / ENTRY, entry.to_bytes())
+            folder = spool / upload.digest.hex()
+            draft.rename(folder)
+            sync_folder(spool)
+    except OSError as error:
+        raise StateError(f"the sealed table does not go into {spool}: {error.strerror}") from error
     return sealed_table(folder, entry, prepared.ignored)
+
+
+@contextmanager
+def _drafted(spool: Path, name: str) -> Iterator[Path]:
+    """A new folder, gone again where it was not renamed. What killed processes left is removed on the way: a draft is held
+    by a lock as long as its process lives."""
+    make_folder(spool)
+    draft = spool / name
+    with locked(spool.with_suffix(".lock")):
+        for left in spool.glob(".*"):
+            with suppress(FileNotFoundError), _held(left) as free:  # another process may finish it just now
+                if free:
+                    shutil.rmtree(left, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+        holding = _held(draft)
+        holding.__enter__()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        holding.__exit__(None, None, None)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Whether the lock of a folder was free; it is held meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def _write_blob(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,18 @@ def test_an_interrupted_sealing_leaves_nothing_that_counts(desk: Desk) -> None:
         session.seal({"visits": frame_of(1)}, stop)
     spool = desk.members["ada"].state.spool
     assert not list(spool.iterdir())
-    # A kill leaves a draft, which is no upload.
-    (spool / ".0123").mkdir()
-    assert spooled(spool) == []
-    session.seal({"visits": frame_of(1)})
+    # A kill leaves a draft, which is no upload, and which the next sealing removes; one whose process lives stays.
+    for name in (".0123", ".4567"):
+        (spool / name).mkdir()
+        (spool / name / "blob").touch()
+    descriptor = os.open(spool / ".4567", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert spooled(spool) == []
+        (sealed,) = session.seal({"visits": frame_of(1)})
+        assert {path.name for path in spool.iterdir()} == {".4567", sealed.upload.hex()}
+    finally:
+        os.close(descriptor)
 
 
 def test_a_damaged_blob_is_not_sent(desk: Desk) -> None:
