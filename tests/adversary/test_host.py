@@ -495,7 +495,7 @@ def test_hostile_columns_are_refused_at_admission(make: Make) -> None:
         made = reseal(run.agreement, birch, columns, len(rows.keys), header=wrong)
         spoiled = party_with(birch, made)
         run.host.blobs |= spoiled.blobs
-        assert run.host.refused(join=spoiled.joining(offer)) in ("schema", "rows", "malformed"), wrong
+        assert run.host.refused(join=spoiled.joining(offer)) in ("schema", "rows", "frame"), wrong
     # Keys that are no keys: too few, too many, of another length.
     share = os.urandom(32)
     digests = tuple(sealed.upload.digest for sealed in birch.sealed)
