@@ -179,15 +179,21 @@ class Screen:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._lock = threading.Lock()
+        self._member = ""
 
     def command(self, member: str, arguments: Sequence[str]) -> None:
         """A prompt with a command."""
+        self._member = member
         self.line(f"\n{member}$ parley {shlex.join(arguments)}")
 
     def line(self, text: str) -> None:
         """One line of output."""
         with self._lock:
             self._say(text)
+
+    def line_of(self, member: str, text: str) -> None:
+        """A line of a member's command that goes on while others type: then it stands aside, under the member's name."""
+        self.line(text if member == self._member else f"    {member}: {text}")
 
     def remark(self, text: str) -> None:
         """A line of the demo itself."""
@@ -310,7 +316,7 @@ class Play:
     def _listener(self, name: str, received: threading.Event) -> Callable[[str], None]:
         def listen(line: str) -> None:
             if name == self.demo.party:
-                self.screen.line(line)
+                self.screen.line_of(name, line)
             if line.startswith("receipt"):
                 received.set()
 
