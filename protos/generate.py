@@ -45,8 +45,8 @@ def generate() -> dict[str, bytes]:
             f"--plugin=protoc-gen-mypy_grpc={plugins / 'protoc-gen-mypy_grpc'}",
             f"--python_out={folder}",
             f"--grpc_python_out={folder}",
-            f"--mypy_out={folder}",
-            f"--mypy_grpc_out={folder}",
+            f"--mypy_out=quiet:{folder}",
+            f"--mypy_grpc_out=quiet:{folder}",
             *(f"{PACKAGE}/{source.name}" for source in sources),
         ]
         status = _protoc_compiler.run_main([argument.encode() for argument in arguments])

@@ -114,8 +114,12 @@ class OutputTable(Statement):
     def widest(self) -> int:
         """Bytes that no output of these names, labels, types and rows exceeds, whatever its values: never the values' own."""
         names: list[Encodable] = [[column.name, column.type] for column in self.columns]
-        labels: list[Encodable] = [[cell for cell in column.cells if type(cell) is str] for column in self.columns if column.type == LABEL_TYPE]
-        cells = self.rows * len(labels) + sum(self.rows * WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE)
+        labels: list[Encodable] = [
+            [cell for cell in column.cells if type(cell) is str] for column in self.columns if column.type == LABEL_TYPE
+        ]
+        cells = self.rows * len(labels) + sum(
+            self.rows * WIDEST[column.type] for column in self.columns if column.type != LABEL_TYPE
+        )
         bound = len(encode([self.name, self.kind, names, labels])) + cells + 16 * len(self.columns) + FRAME_BYTES
         return min(bound, limits.OUTPUT_BYTES)
 
