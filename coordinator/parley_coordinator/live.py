@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from parley_coordinator import log, relay
@@ -57,6 +57,8 @@ ADMISSION: Final = frozenset(
     ("signature", "agreement", "key", "conflict", "schema", "order", "domain", "range", "multiplicity", "rows", "frame")
 )
 """Codes with which the enclave refuses a join; all others say that it could not be judged now."""
+JOINS_PER_PARTY: Final = 256
+"""Joins of a party that are kept until a roster ends them: each wakes all members. One is enough, and some for mistakes."""
 PROGRESS_STEP: Final = 10
 """Percents between two events: each is a row that all members read."""
 CONSENT_WAIT_S: Final = 2.0
@@ -145,6 +147,7 @@ class Live:
                 self._require(session, "open")
                 self._uploads(session, join)
                 if row is None:
+                    self._make_place(session, join)
                     self._add_join(session, join, cose)
             outcome = self._joining.get(join.digest)
             mine = outcome is None
@@ -393,6 +396,14 @@ class Live:
                     self._happened(session, "refused" if code else "joined", member=join.party, code=code)
         log.info("joined", session=log.short(self._session), code=code)
         return receipt, code
+
+    def _make_place(self, session: Session, join: Join) -> None:
+        """A party's new join ends those of it that wait to be relayed: one that came later would take the new one's place."""
+        ours = (JoinRow.number == self._number, JoinRow.party == join.party)
+        waiting = (JoinRow.receipt.is_(None), JoinRow.code == "", JoinRow.digest.not_in(list(self._joining)))
+        session.execute(delete(JoinRow).where(*ours, *waiting))
+        if (session.scalar(select(func.count()).select_from(JoinRow).where(*ours)) or 0) >= JOINS_PER_PARTY:
+            raise RefusedError("quota", "as many joins as a party may make before a roster")
 
     def _add_join(self, session: Session, join: Join, cose: bytes) -> JoinRow:
         row = JoinRow(
