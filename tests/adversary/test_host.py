@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from parley_protocol import cose, hpke, table
 from parley_protocol.agreement.model import Agreement, Function, Grouping, Output, Rules, Value
+from parley_protocol.encoding import decode, encode
 from parley_protocol.errors import AgreementError
 from parley_protocol.output import OutputTable
 from parley_protocol.transcript import (
@@ -500,8 +501,9 @@ def test_hostile_columns_are_refused_at_admission(make: Make) -> None:
     share = os.urandom(32)
     digests = tuple(sealed.upload.digest for sealed in birch.sealed)
     info = join_info(offer.digest, "birch", digests)
-    for keys in ((), (os.urandom(32),) * 2):
-        sealed_keys = hpke.seal(offer.offer.sealing_key, JoinKeys(keys, share).to_bytes(), info)
+    for keys in ([], [os.urandom(32)] * 2, [os.urandom(31)], [os.urandom(32)] * 33):
+        plain = encode([JoinKeys.LABEL, keys, share])
+        sealed_keys = hpke.seal(offer.offer.sealing_key, plain, info)
         assert run.host.refused(join=birch.joining(offer, sealed_keys=sealed_keys)) in ("key", "malformed")
     # It consumed nothing.
     run.join(offer)
@@ -592,8 +594,6 @@ def test_nested_outputs_are_refused(simulation: Simulation) -> None:
     assert b"by_site" in canonical
     host = Host(simulation.path)
     signatures = dict(signed(agreement, members).signatures)
-    from parley_protocol.encoding import decode, encode
-
     decoded: Any = decode(canonical, limit=1 << 23)
     label, form = decoded
     form["outputs"].append({**form["outputs"][0], "name": "total", "by": []})
