@@ -94,7 +94,10 @@ def read_table(
     threads = threads or len(os.sched_getaffinity(0))
     tell("read", 0, 1)
     with (
-        duckdb.connect(config={"threads": threads, "autoinstall_known_extensions": False}) as connection,
+        # No folder for what does not fit the memory: the engine would write rows there in the clear.
+        duckdb.connect(
+            config={"threads": threads, "autoinstall_known_extensions": False, "temp_directory": ""}
+        ) as connection,
         _opened(connection, source, table) as opened,
     ):
         rows = _read(connection, opened, table, unit, unit_salt(series, unit.name))

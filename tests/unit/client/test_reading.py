@@ -403,3 +403,17 @@ def test_nothing_of_the_data_in_repr(tmp_path: Path) -> None:
     prepared = read(write(tmp_path, HEADER + GOOD))
     assert "1250" not in repr(prepared)
     assert str(key_of("x")) not in repr(prepared)
+
+
+def test_the_engine_has_no_folder_for_rows_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    connect = duckdb.connect
+
+    def connecting(*arguments: Any, **options: Any) -> duckdb.DuckDBPyConnection:
+        made = connect(*arguments, **options)
+        folders.append(made.execute("SELECT current_setting('temp_directory')").fetchall())
+        return made
+
+    monkeypatch.setattr(duckdb, "connect", connecting)
+    read(write(tmp_path, HEADER + GOOD))
+    assert folders == [[("",)]]
