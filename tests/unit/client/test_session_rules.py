@@ -10,6 +10,7 @@ import pytest
 
 from parley import Member
 from parley_protocol import cose, hpke
+from parley_protocol.agreement.model import Consent
 from parley_protocol.bundle import BundledOutput
 from parley_protocol.chain import ChainState
 from parley_protocol.errors import RefusedError, StateError, VerificationError
@@ -547,3 +548,38 @@ def test_a_stranger_takes_no_part(desk: Desk, tmp_path: Path) -> None:
     stranger = Member.generate("eve", tmp_path / "eve")
     with pytest.raises(RefusedError, match="your key is not in"):
         stranger.name_in(desk.agreement)
+
+
+def test_an_amendment_that_all_signed_is_joined_under_the_head_that_it_follows(desk: Desk) -> None:
+    head = _released(desk)
+    second = desk.amended()
+    desk.sign(second)
+    opened = desk.wire.open(second, head=head)
+    session_of(desk, "ada", opened).submit({"visits": frame_of(1)})
+    series = desk.members["ada"].state.series(desk.agreement.series)
+    assert series is not None and (series.head, series.newest.version) == (head, 2)
+    # The host opens the older version again, which is still validly signed.
+    with pytest.raises(StateError, match="you signed version 2"):
+        session_of(desk, "ada", desk.wire.open(head=head)).verify()
+
+
+def test_an_amendment_that_one_member_did_not_sign_is_not_joined(desk: Desk) -> None:
+    second = desk.amended()
+    for name in ("ada", "bea"):
+        desk.connect(name).sign(second)
+    with pytest.raises(VerificationError, match=r"agr-7: not signed by cyd"):
+        session_of(desk, "ada", desk.wire.open(second)).submit({"visits": frame_of(1)})
+    assert not desk.wire.sent and not desk.wire.uploaded
+
+
+def test_with_standing_consent_no_roster_is_signed(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, consent=Consent.STANDING)
+    desk.sign()
+    opened = desk.wire.open()
+    both_join(desk, opened)
+    opened.issue()
+    session = session_of(desk, "ada", opened)
+    session.wait(timeout_s=0)
+    with pytest.raises(RefusedError, match="standing consent"):
+        session.countersign(by_hand=True)
+    assert {kind for kind, _ in desk.wire.sent} == {"join"}
