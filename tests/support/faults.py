@@ -131,7 +131,8 @@ class Trial:
         self.session = b""
         """The session that ann opened last."""
         self._opened = threading.Condition()
-        self._died: list[str] = []
+        self.died: list[tuple[str, str]] = []
+        """What was killed, and the phase of the session then."""
 
     def __enter__(self) -> Self:
         self.coordinator.start()
@@ -153,6 +154,7 @@ class Trial:
         with self._dying:
             if self.over.is_set():
                 return False
+            phase = self.phase
             enclave = self.enclave() if target in ("enclave", "both") else None
             if target in ("coordinator", "both"):
                 self.coordinator.kill()
@@ -162,8 +164,16 @@ class Trial:
             if target in ("coordinator", "both"):
                 time.sleep(pause_s)
                 self.coordinator.start()
-            self._died.append(target if target != "enclave" or enclave is not None else "nothing")
-            return self._died[-1] != "nothing"
+            dead = target != "enclave" or enclave is not None
+            if dead:
+                self.died.append((target, phase))
+            return dead
+
+    @property
+    def phase(self) -> str:
+        """The phase of the newest session; empty before the first one."""
+        found = self.coordinator.rows("SELECT phase FROM sessions ORDER BY number DESC LIMIT 1")
+        return str(found[0][0]) if found else ""
 
     def enclave(self) -> int | None:
         """The process of the enclave, if there is one now."""
@@ -194,7 +204,7 @@ class Trial:
         told: Told = lambda step: self.told(step, name)  # noqa: E731
         wire = Wire(self.coordinator.address, member, certificate, told, self.ledger, patience_s=patience_s)
         if self.broken_uploads and name == "bob":
-            wire.chunks, self.broken_uploads = 1, False
+            wire.chunks = 1
         return Connection(member, wire)
 
     def csv(self, name: str) -> Path:
@@ -260,7 +270,13 @@ class Trial:
             return opened
         with self._opened:
             self._opened.wait_for(lambda: self.session not in (b"", lost), 1.0)
-        return connection.session(self.agreement)
+        try:
+            return connection.session(self.agreement)
+        except RefusedError as error:
+            released = [item.session for item in connection.inbox() if item.kind == "fetch"]
+            if error.code != "unknown-session" or not released:
+                raise
+            return connection.session(released[0])  # the others were faster
 
     def _attend(self, name: str, session: Session) -> None:
         if name not in PARTIES:
@@ -359,6 +375,8 @@ class Faults:
             self.signed.add(name)
         elif told == "opened":
             self._asleep = False
+        elif told == "resuming":
+            self.trial.broken_uploads = False
         while (moment := self._moment) is not None and not self._asleep:
             moment.hear(told, name)
             if moment is self._moment or self._asleep:
@@ -439,10 +457,6 @@ class _Moment:
             threading.Thread(target=run, daemon=True).start()
         until(lambda: self._ready or self._fired.is_set(), LIMIT_S)
 
-    def _phase(self) -> str:
-        ((phase,),) = self._trial.coordinator.rows("SELECT phase FROM sessions ORDER BY number DESC LIMIT 1")
-        return str(phase)
-
     def _while_joining(self) -> None:
         enclave = self._trial.enclave()
         assert enclave is not None
@@ -455,7 +469,7 @@ class _Moment:
     def _while_computing(self) -> None:
         with _Stopped(self._trial.workers()) as standing:
             self._ready = True
-            until(lambda: self._phase() == "computing", LIMIT_S)
+            until(lambda: self._trial.phase == "computing", LIMIT_S)
             self._fire(standing.go_on)
 
     def _when_releasing(self) -> None:
