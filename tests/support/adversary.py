@@ -241,10 +241,11 @@ class Relay:
         return pb.AttestReply(offer=kept.offer, document=document)
 
     def upload(self, _member: str, digest: bytes, signed: bytes, blob: bytes) -> None:
-        number = int.from_bytes(os.urandom(6), "big")
-        self.blobs.setdefault(digest, (number, signed, blob))
+        known = self.blobs.get(digest)
+        number = int.from_bytes(os.urandom(6), "big") if known is None else known[0]
+        self.blobs[digest] = (number, signed, blob)
         for host in self.hosts:
-            host.blobs[self.blobs[digest][0]] = self.blobs[digest][2]
+            host.blobs[number] = blob
 
     def put_join(self, member: str, session: bytes, signed: bytes) -> pb.JoinReply:
         kept = self.kept(session)
@@ -482,10 +483,12 @@ class Stage:
             gone.add(name)
             return None
 
-        for name in parties:
+        # A session that was released before is only fetched.
+        for name in () if self.kept.bundle else parties:
             step(name, "submit", lambda name=name: self.session(name).submit(self.table(name)))
-        step(starter, "start", lambda: self.session(starter).start())
-        for name in parties:
+        if not self.kept.bundle:
+            step(starter, "start", lambda: self.session(starter).start())
+        for name in () if self.kept.bundle else parties:
             step(name, "countersign", lambda name=name: self.session(name).countersign())
         for name in self.agreement.members:
             release = step(name, "release", lambda name=name: self.session(name).release())
