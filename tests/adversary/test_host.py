@@ -567,7 +567,7 @@ def nested(agreement: Agreement) -> dict[str, Output]:
 def test_nested_outputs_are_refused(simulation: Simulation) -> None:
     members = identities(NAMES)
     agreement = agreement_of(simulation, members)
-    with pytest.raises(AgreementError, match="nests"):
+    with pytest.raises(AgreementError, match="would show what is hidden"):
         replace(agreement, outputs=nested(agreement))
     # A column twice, and coarser bins of the same number, nest as well.
     column = agreement.tables["visits"].ref("amount")
@@ -581,14 +581,18 @@ def test_nested_outputs_are_refused(simulation: Simulation) -> None:
         name: replace(agreement.outputs["by_site"], name=name, by=(grouping,), values=(Value("n", Function.COUNT),))
         for name, grouping in bins.items()
     }
-    with pytest.raises(AgreementError, match="nests"):
+    with pytest.raises(AgreementError, match="would show what is hidden"):
         replace(agreement, outputs=made)
     both = {
         "by_site": agreement.outputs["by_site"],
         "finer": replace(made["fine"], name="finer", by=(site, bins["fine"])),
     }
-    with pytest.raises(AgreementError, match="nests"):
+    with pytest.raises(AgreementError, match="would show what is hidden"):
         replace(agreement, outputs=both)
+    # Nor do two groupings by different columns stand beside each other: they have the same totals.
+    beside = {"by_site": agreement.outputs["by_site"], "fine": made["fine"]}
+    with pytest.raises(AgreementError, match="would show what is hidden"):
+        replace(agreement, outputs=beside)
     # The enclave refuses it by the same code: an agreement on the wire that nests is no agreement.
     canonical = agreement.canonical
     assert b"by_site" in canonical
