@@ -6,9 +6,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import combinations
 
-from parley_protocol.agreement.model import Agreement, Consent, Function, Output, Platform, Rules, effective
+from parley_protocol.agreement.model import Agreement, Consent, Output, Platform, Rules, effective
 
 
 class Level(StrEnum):
@@ -37,7 +36,6 @@ def lint(agreement: Agreement, now_ms: int | None = None) -> tuple[Note, ...]:
         *_platform(agreement, now_ms),
         *_tables(agreement),
         *_rules(agreement),
-        *_outputs(agreement),
         *_session(agreement),
     ]
     return tuple(sorted(found, key=lambda note: note.level is Level.NOTE))
@@ -136,40 +134,6 @@ def _rules(agreement: Agreement) -> Iterator[Note]:
         if not asks:
             text = f"the rules of {rule.member} ask no more than everyone's: they change nothing"
             yield Note(Level.NOTE, f"rules.{rule.member}", text)
-
-
-def _outputs(agreement: Agreement) -> Iterator[Note]:
-    """What no rule of a single value sees: two outputs together, and weights that a party chooses (G1)."""
-    for first, second in combinations(agreement.outputs.values(), 2):
-        if first.table == second.table and _totals(first) & _totals(second):
-            text = (
-                f"{first.name} and {second.name} have the same totals: where one of them hides a single value,"
-                " the other one shows it by subtraction"
-            )
-            yield Note(Level.WARNING, f"outputs.{second.name}", text)
-    for output in agreement.outputs.values():
-        most = agreement.tables[output.table].rows_per_unit
-        for value in output.values:
-            if most > 1 and value.ref is not None and value.ref.table != output.table and value.function in _WEIGHED:
-                text = (
-                    f"{value.text} counts a {agreement.unit.name} of {value.ref.table} once for each row of {output.table}:"
-                    f" a party that brings one {most} times can single it out"
-                )
-                yield Note(Level.WARNING, f"outputs.{output.name}.values.{value.name}", text)
-
-
-_WEIGHED = (Function.SUM, Function.MEAN, Function.VARIANCE, Function.STD)
-
-
-def _totals(output: Output) -> set[str]:
-    """What the cells of an output add up to: rows, units, rows that have a value, sums; a mean with its count is a sum."""
-    shown = {value.text for value in output.values if value.function in (Function.COUNT, Function.UNITS, Function.SUM)}
-    for value in output.values:
-        if value.ref is not None and value.function is Function.MEAN:
-            counted = f"count({value.ref.text})" if value.ref.nullable else "count"
-            if {counted, f"count({value.ref.text})"} & shown:
-                shown.add(f"sum({value.ref.text})")
-    return shown
 
 
 def _strength(rule: Rules) -> int:

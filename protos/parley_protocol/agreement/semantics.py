@@ -7,7 +7,6 @@ Paths are those of the language, such as `outputs.delay_by_engine.by`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, product
 from typing import TYPE_CHECKING, Final
 
 from parley_protocol import limits
@@ -18,7 +17,7 @@ from parley_protocol.identity import PublicIdentity
 from parley_protocol.output import FRAME_BYTES, WIDEST
 
 if TYPE_CHECKING:
-    from parley_protocol.agreement.model import Agreement, Grouping, Measurement, Output, Rules, Session
+    from parley_protocol.agreement.model import Agreement, Measurement, Output, Rules, Session
 
 Found = Iterator[tuple[str, str]]
 """(path, message) of each problem."""
@@ -118,7 +117,7 @@ def of_tables(tables: Mapping[str, Table], outputs: Mapping[str, Output]) -> Fou
 
 
 def of_outputs(outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Found:
-    """At least one; recipients; joins on tables with one row per unit; sizes; no two that nest."""
+    """At least one; recipients; joins on tables with one row per unit; sizes; one over a table."""
     if not outputs:
         yield "outputs", "none: nothing would be computed"
     if len(outputs) > limits.OUTPUTS:
@@ -151,7 +150,8 @@ def of_outputs(outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Fo
     if sealed > limits.RELEASE_BYTES:
         message = f"sealed to each of their recipients they may take {sealed} bytes, more than {limits.RELEASE_BYTES}"
         yield "outputs", message
-    yield from _nesting(outputs)
+    yield from _alone(outputs)
+    yield from _weighed(outputs, tables)
 
 
 def plaintext_bytes(output: Output) -> int:
@@ -165,48 +165,37 @@ def plaintext_bytes(output: Output) -> int:
     return labels + values + (columns + 2) * 2 * limits.NAME_BYTES + FRAME_BYTES
 
 
-def _nesting(outputs: Mapping[str, Output]) -> Found:
-    for first, second in combinations(outputs.values(), 2):
-        if first.table != second.table:
-            continue
-        path, other = f"outputs.{second.name}", f"outputs.{first.name}"
-        if _refines(second.by, first.by) or _refines(first.by, second.by):
-            coarse, fine = (first, second) if _refines(second.by, first.by) else (second, first)
-            message = f"nests with {other}: {fine.name} splits the cells of {coarse.name}, both read {first.table},"
-            yield f"{path}.by", f"{message} and totals minus parts would show what is hidden. Keep one of them"
-            continue
-        # Totals of the two then differ by few units, which an author, or who brings a joined table, can choose.
-        if _condition(first) != _condition(second):
-            yield f"{path}.where", f"is another condition than that of {other}: {_DIFFER.format(first.table)}"
-        if _filters(first) != _filters(second):
-            yield f"{path}.join", f"drops other rows than {other} by its inner joins: {_DIFFER.format(first.table)}"
-        for mine, theirs in product(second.by, first.by):
-            if mine.ref.text == theirs.ref.text and mine.edges != theirs.edges:
-                message = f"cuts {mine.ref.text} at other edges than {other}: {_DIFFER.format(first.table)}"
-                yield f"{path}.by.{mine.name}.edges", message
+def _alone(outputs: Mapping[str, Output]) -> Found:
+    """One output over a table: rules judge each value alone, and no two outputs together."""
+    first: dict[str, str] = {}
+    for name, output in outputs.items():
+        other = first.setdefault(output.table, name)
+        if other != name:
+            yield (
+                f"outputs.{name}.from",
+                (
+                    f"{output.table} is read by outputs.{other} too: totals of one minus parts of the other would show what is"
+                    " hidden. Put both into one output, or keep one of them"
+                ),
+            )
 
 
-_DIFFER: Final = (
-    "both read {}, and the difference of their totals would show the few rows between them. Make them the same"
-)
+def _weighed(outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Found:
+    """Measures of joined columns: who brings the rows decides how often a joined unit counts (G1)."""
+    for name, output in outputs.items():
+        most = tables[output.table].rows_per_unit
+        for value in output.values:
+            if most > 1 and value.ref is not None and value.ref.table != output.table and value.function in _WEIGHED:
+                yield (
+                    f"outputs.{name}.values.{value.name}",
+                    (
+                        f"{value.text} would count a unit of {value.ref.table} once for each of up to {most} rows of"
+                        f" {output.table}, and a party could single it out: {output.table} must have rows_per_unit 1"
+                    ),
+                )
 
 
-def _condition(output: Output) -> str | None:
-    return None if output.where is None else output.where.text
-
-
-def _filters(output: Output) -> set[str]:
-    return {join.table for join in output.joins if join.kind == "inner"}
-
-
-def _refines(fine: Sequence[Grouping], coarse: Sequence[Grouping]) -> bool:
-    """Whether every cell of `coarse` is a union of cells of `fine`."""
-    return all(any(_splits(candidate, wide) for candidate in fine) for wide in coarse)
-
-
-def _splits(fine: Grouping, coarse: Grouping) -> bool:
-    same = (fine.ref.table, fine.ref.column.name) == (coarse.ref.table, coarse.ref.column.name)
-    return same and set(coarse.edges) <= set(fine.edges)
+_WEIGHED: Final = ("sum", "mean", "variance", "std")
 
 
 def of_rules(rules: Sequence[Rules], outputs: Mapping[str, Output], tables: Mapping[str, Table]) -> Found:

@@ -464,45 +464,29 @@ NESTED = """
 
 
 @pytest.mark.parametrize(
-    ("by", "refused"),
+    "by",
     [
-        ("by: {engine: engine}", True),
-        ("by: {built: {bin: year, edges: [1994]}}", True),
-        ("where: year > 2000", True),
-        ("by: {engine: planes.engine, age: {bin: year, edges: [1950, 1994, 2004]}}", True),
-        ("by: {late: {bin: arr_delay, edges: [15]}}", False),
+        "by: {engine: engine}",
+        "by: {built: {bin: year, edges: [1994]}}",
+        "where: year > 2000",
+        "by: {late: {bin: arr_delay, edges: [15]}}",
+        "by: {built: {bin: year, edges: [1990]}}",
+        "by: {late: {bin: arr_delay, edges: [15]}}\n    where: year > 2000",
     ],
 )
-def test_outputs_that_nest_are_refused(by: str, refused: bool) -> None:
-    text = yaml_text("flights").replace("\nrules:\n", NESTED % by + "\nrules:\n")
-    if not refused:
-        assert len(parse_source(text.encode(), read).outputs) == 2
-        return
-    (found,) = problems(text)
-    assert found[0] == "outputs.by_engine.by"
-    assert "nests with outputs.delay_by_engine" in found[2]
+def test_outputs_that_nest_or_share_a_table_are_refused(by: str) -> None:
+    (found,) = problems(yaml_text("flights").replace("\nrules:\n", NESTED % by + "\nrules:\n"))
+    assert found[0] == "outputs.by_engine.from"
+    assert "flights is read by outputs.delay_by_engine too" in found[2]
 
 
-@pytest.mark.parametrize(
-    ("changed", "field", "message"),
-    [
-        ("by: {built: {bin: year, edges: [1990]}}", "by.built.edges", "cuts planes.year at other edges"),
-        (
-            "by: {made: {bin: planes.year, edges: [1994, 2004, 2010]}, late: {bin: arr_delay, edges: [15]}}",
-            "by.made.edges",
-            "cuts",
-        ),
-        ("by: {late: {bin: arr_delay, edges: [15]}}\n    where: year > 2000", "where", "another condition"),
-        ("by: {late: {bin: arr_delay, edges: [15]}}\n    join: {planes: left}", "join", "drops other rows"),
-    ],
-)
-def test_outputs_over_one_table_look_at_the_same_rows(changed: str, field: str, message: str) -> None:
-    added = NESTED % changed
-    if "join: {planes: left}" in changed:
-        added = added.replace("    join: {planes: inner}\n", "", 1)
-    ((path, _, found),) = problems(yaml_text("flights").replace("\nrules:\n", added + "\nrules:\n"))
-    assert path == f"outputs.by_engine.{field}"
-    assert message in found and "outputs.delay_by_engine" in found
+def test_a_measure_that_a_party_could_weigh_is_refused() -> None:
+    weighed = yaml_text("flights").replace("mean(arr_delay)", "mean(year)")
+    (found,) = problems(weighed)
+    assert found[0] == "outputs.delay_by_engine.values.mean_delay"
+    assert "once for each of up to 600 rows of flights" in found[2]
+    once = weighed.replace("rows_per_unit: 600", "rows_per_unit: 1")
+    assert parse_source(once.encode(), read).tables["flights"].rows_per_unit == 1
 
 
 def test_a_table_that_no_output_reads_is_refused() -> None:
@@ -516,8 +500,9 @@ def test_too_many_combinations_are_refused() -> None:
     text = yaml_text("flights").replace(
         "[1994, 2004]}", f"[{edges}]}}\n      late: {{bin: arr_delay, edges: [{fine}]}}"
     )
-    (found,) = problems(text)
+    found, sealed = problems(text)
     assert found[2] == f"{6 * 114 * 881} combinations are more than 100000"
+    assert sealed[0] == "outputs"
 
 
 def test_flights() -> None:

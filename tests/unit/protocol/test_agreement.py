@@ -425,37 +425,6 @@ def test_notes_warn_of_what_protects_less_than_it_seems() -> None:
     }
 
 
-def test_totals_and_weights_that_show_one_unit_are_warned_of() -> None:
-    base = tree("flights")
-    outputs = base["outputs"]
-    assert isinstance(outputs, dict)
-    late: dict[str, Tree] = {
-        "from": "flights",
-        "join": {"planes": "inner"},
-        "by": {"late": {"bin": "arr_delay", "edges": ["15"]}},
-        "values": {"mean_year": "mean(year)"},
-        "to": "analyst",
-    }
-    base["outputs"] = {**outputs, "late": late}
-    found = {path: message for level, path, message in notes(base) if level is Level.WARNING and "outputs" in path}
-    assert list(found) == ["outputs.late.values.mean_year"]
-    assert "a party that brings one " in found["outputs.late.values.mean_year"]
-    late["values"] = {"flights": "count"}
-    found = {path: message for level, path, message in notes(base) if level is Level.WARNING and "outputs" in path}
-    assert found == {
-        "outputs.late": "delay_by_engine and late have the same totals: where one of them hides a single value,"
-        " the other one shows it by subtraction"
-    }
-    # A mean of what may be null is no sum; with the count of the same values it is one.
-    late["values"] = {"delay": "sum(arr_delay)"}
-    assert not [path for level, path, _ in notes(base) if level is Level.WARNING and "outputs" in path]
-    first = outputs["delay_by_engine"]
-    assert isinstance(first, dict)
-    assert isinstance(first["values"], dict)
-    first["values"] = {**first["values"], "delays": "count(arr_delay)"}
-    assert (Level.WARNING, "outputs.late") in {(level, path) for level, path, _ in notes(base)}
-
-
 def test_a_quorum_that_shows_nothing_is_warned_of() -> None:
     base = tree("pay")
     session = base["session"]
