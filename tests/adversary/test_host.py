@@ -289,6 +289,26 @@ def test_a_join_of_another_session_is_refused(make: Make, tmp_path_factory: pyte
         again.close()
 
 
+def test_a_replaced_join_does_not_come_back(make: Make) -> None:
+    """The host keeps a party's first join and hands it in again after the corrected one."""
+    run = make()
+    offer = run.offer()
+    birch = run.parties["birch"]
+    first = birch.joining(offer)
+    run.host.want("joined", join=first)
+    corrected = Party(run.agreement, "birch", run.members["birch"], {"visits": rows_of(99, 500)})
+    run.host.blobs |= corrected.blobs
+    second = corrected.joining(offer)
+    receipt = run.host.want("joined", join=second).receipt
+    for _ in range(2):
+        assert run.host.refused(join=first) == "conflict"
+    assert run.host.want("joined", join=second).receipt == receipt
+    run.join(offer, "amber", "cedar")
+    roster, _ = run.start(offer)
+    entry = roster.entry("birch")
+    assert entry is not None and entry.uploads == (corrected.sealed[0].upload.digest,)
+
+
 def test_an_enclave_of_another_agreement_never_takes_this_one(make: Make, simulation: Simulation) -> None:
     """Confused deputy: attackers sign an agreement of their own and feed the same image with a victim's upload (E2)."""
     run = make()
