@@ -144,6 +144,7 @@ class Enclave:
             if phase is not Phase.OPEN:
                 raise RefusedError("phase")
             state.check_roster_key(opened)
+            state.check_turn(opened)
             waiting = {
                 brought.upload.digest: self._admitting(state, brought)
                 for brought in opened.brought
@@ -160,6 +161,7 @@ class Enclave:
             if self._phases.now is not Phase.OPEN or self._session is not state:
                 raise RefusedError("phase")
             state.check_roster_key(opened)
+            state.check_turn(opened)
             state.tables |= found
             return state.admit(opened, self._nsm.now_ms())
 

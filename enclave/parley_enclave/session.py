@@ -59,6 +59,10 @@ class Session(Secret):
     admitting: dict[bytes, Future[Parts]] = field(default_factory=dict, repr=False)
     percents: dict[bytes, int] = field(default_factory=dict)
     """How far each admission is."""
+    turns: dict[bytes, int] = field(default_factory=dict)
+    """The order in which joins came first, by digest."""
+    latest: dict[str, int] = field(default_factory=dict)
+    """The turn of the last join that was admitted, by party."""
     roster_keys: set[bytes] = field(default_factory=set)
     """One-time roster keys that stood in a roster: a join may not bring one of them again."""
     standing: Standing | None = None
@@ -84,9 +88,19 @@ class Session(Secret):
         if opened.join.roster_key in self.roster_keys:
             raise RefusedError("conflict")
 
+    def check_turn(self, opened: Opened) -> None:
+        """That no join which came later was admitted (adm-7); RefusedError "conflict".
+
+        Neither a slow admission nor a host that repeats a join of before puts an old table in place of a new one.
+        """
+        turn = self.turns.setdefault(opened.join.digest, len(self.turns))
+        if turn < self.latest.get(opened.join.party, turn):
+            raise RefusedError("conflict")
+
     def admit(self, opened: Opened, now_ms: int) -> bytes:
         """Takes an admitted join in place of the party's last one; its signed receipt (adm-7)."""
         join = opened.join
+        self.latest[join.party] = self.turns[join.digest]
         receipt = Receipt(self.offer.digest, join.party, join.uploads, join.digest, now_ms)
         signed = cose.sign(receipt.to_bytes(), self.live_keys().signing)
         self.joins[join.party] = Joined(opened, signed)

@@ -476,6 +476,25 @@ def test_adm_7_a_party_may_replace_its_join_until_the_roster(make: Make) -> None
     assert run.host.refused(join=run.parties["amber"].joining(offer)) == "phase"
 
 
+def test_adm_7_a_host_cannot_bring_back_a_join_that_was_replaced(make: Make) -> None:
+    run = make()
+    offer = run.offer()
+    first, second = run.parties["amber"].joining(offer), run.parties["amber"].joining(offer)
+    for asked in (first, second):
+        run.host.want("joined", join=asked)
+    assert run.host.refused(join=first) == "conflict"
+    run.host.want("joined", join=second)
+    run.join(offer, *(name for name in run.agreement.parties if name != "amber"))
+    roster, _ = run.start(offer)
+    entry = roster.entry("amber")
+    assert (
+        entry is not None and run.parties["amber"].join is not None and entry.join == run.parties["amber"].join.digest
+    )
+    run.host.want("awaiting", refuse=run.parties["amber"].refusal(offer, roster))
+    # The roster is gone and with it all joins; the one before the last is still one of before.
+    assert run.host.refused(join=first) == "conflict"
+
+
 def test_adm_8_the_same_join_gets_the_same_receipt(make: Make) -> None:
     run = make()
     offer = run.offer()
