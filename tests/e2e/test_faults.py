@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from parley import transport
 from parley_protocol import limits
 from parley_protocol.errors import RefusedError, StateError
 from parley_protocol.transcript import GENESIS
@@ -50,6 +51,12 @@ def undisturbed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Calm:
         assert trial.lost == 0
         assert (expected.record.sequence, expected.record.charged) == (1, 1)
     return expected, duration
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients look again every half second: a coordinator here is away for no longer."""
+    monkeypatch.setattr(transport, "_LONGEST_PAUSE_S", 0.5)
 
 
 def killed(stage: Stage, calm: Calm, folder: Path, target: str, *steps: str) -> int:

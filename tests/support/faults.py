@@ -226,8 +226,9 @@ class Trial:
         threads = [threading.Thread(target=one, args=(name,), daemon=True) for name in names]
         for thread in threads:
             thread.start()
+        end = time.monotonic() + LIMIT_S + PATIENCE_S
         for thread in threads:
-            thread.join(LIMIT_S + PATIENCE_S)
+            thread.join(max(0.0, end - time.monotonic()))
         stuck = [name for name, thread in zip(names, threads, strict=True) if thread.is_alive()]
         for error in errors.values():
             if not isinstance(error, _Given):
@@ -418,6 +419,8 @@ class _Moment:
             case ("opened", "opened") | ("uploading", "resuming") | ("joined", "starting") | ("fetching", "fetching"):
                 if first:
                     self._fire()
+            case "uploading", "joining":
+                assert self._fired.wait(LIMIT_S), f"{self.step} was not reached"
             case ("uploaded", "joining") | ("rostered", "signing"):
                 if everybody and self._begin():
                     self._fire()
