@@ -119,7 +119,11 @@ def test_nothing_that_listens_is_gone(tmp_path: Path) -> None:
     [framing.pack(b"\xff\xff"), framing.pack(b"", b"payload"), bytes.fromhex("ffffffff00000000")],
 )
 def test_what_is_no_answer_is_malformed(play: Callable[[Script], Scripted], data: bytes) -> None:
-    enclave = play(lambda connection: connection.sendall(data))
+    def answer(connection: socket.socket) -> None:
+        receive(connection)
+        connection.sendall(data)
+
+    enclave = play(answer)
     with pytest.raises(MalformedError):
         relay.Channel(enclave.address).ask(STATUS, 5)
 
