@@ -315,7 +315,11 @@ class Session:
         StateError where the local state forbids it (F2, F5, F6); RefusedError with the enclave's code for what it found
         wrong in a table.
         """
-        verified = self._verify(trust_head)
+        # One at a time on this machine: of two joins made at once, only the last one's key is kept, whichever arrives last.
+        with self._state.joining(self.agreement.series):
+            return self._join(self._verify(trust_head), tables, progress)
+
+    def _join(self, verified: _Verified, tables: Sequence[SealedTable] | None, progress: Progress | None) -> Receipt:
         _tell(progress, "join", 0, 1)
         uploads = self._uploads(tables)
         known = self._state.joined(self.id)

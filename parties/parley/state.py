@@ -317,6 +317,13 @@ class State:
             and joined.view == View.OPEN
         ]
 
+    @contextmanager
+    def joining(self, series: bytes) -> Iterator[None]:
+        """Held while a join is made, sent and answered; other clients of this member wait for it."""
+        make_folder(self.folder)
+        with locked(self.folder / f".joining-{series.hex()[:16]}"):
+            yield
+
     def begin_join(self, joined: Joined, roster_key: Ed25519PrivateKey, chain: ChainState) -> None:
         """Keeps a join before it is sent: first its one-time key, then the join itself; the former join's key goes.
 

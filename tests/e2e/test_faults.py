@@ -7,17 +7,22 @@ each step is also tried by itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from parley import transport
+from parley.session import Session
 from parley_protocol import limits
 from parley_protocol.errors import RefusedError, StateError
 from parley_protocol.transcript import GENESIS
@@ -207,6 +212,32 @@ def test_two_clients_of_one_member_at_once(stage: Stage, undisturbed: Calm, tmp_
         others.result()
         assert len(trial.member("bob").state.signed_rosters(GENESIS)) == 1
         assert (trial.lost, trial.coordinator.faults) == (0, [])
+
+
+def test_two_clients_of_one_member_joining_at_once(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two joins at the same time one is made: the other client waits, and finds its receipt."""
+    both = threading.Barrier(2)
+    make = Session._new_join
+
+    def met(*arguments: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1.0)
+        return make(*arguments)
+
+    monkeypatch.setattr(Session, "_new_join", met)
+    with Trial(stage, tmp_path) as trial, trial.connect("ann") as one, trial.connect("ann") as other:
+        sessions = [one.open(trial.agreement), other.open(trial.agreement)]
+        sealed = sessions[0].seal({"visits": trial.csv("ann")})
+        sessions[0].upload(sealed)
+        with ThreadPoolExecutor(2) as pool:
+            receipts = list(pool.map(lambda session: session.join(sealed), sessions))
+        assert receipts[0] == receipts[1]
+        joined = trial.member("ann").state.joined(sessions[0].id)
+        assert joined is not None
+        assert trial.member("ann").state.has_roster_key(joined.join.roster_key)
+        assert trial.coordinator.rows("SELECT cose FROM joins") == [(joined.join_cose,)]
 
 
 def test_a_lapsed_roster_and_then_a_corrected_table(tmp_path: Path) -> None:

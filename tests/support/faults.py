@@ -539,7 +539,7 @@ class Plan:
             seed,
             tuple(
                 sorted(
-                    (dice.uniform(0, 1.05), dice.choice(("coordinator", "enclave", "both")), dice.uniform(0, 0.3))
+                    (0.85 * dice.uniform(0, 1.05), dice.choice(("coordinator", "enclave", "both")), dice.uniform(0, 0.3))
                     for _ in range(count)
                 )
             ),
