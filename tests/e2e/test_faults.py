@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 MOMENTS = int(os.environ.get("PARLEY_FAULTS", "8"))
 REGRESSIONS: tuple[int, ...] = ()
 """Seeds that once found something."""
-Calm = tuple[Outcome, float]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +43,15 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Calm:
-    """The outcome of a run in which nothing dies, and how long it took in seconds."""
+def undisturbed(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The outcome of a run in which nothing dies."""
     with Trial(stage, tmp_path_factory.mktemp("calm")) as trial:
-        begun = time.monotonic()
         releases = trial.play()
-        duration = time.monotonic() - begun
         expected = Outcome.of(releases["dan"])
         trial.check(releases, expected)
         assert trial.lost == 0
         assert (expected.record.sequence, expected.record.charged) == (1, 1)
-    return expected, duration
+    return expected
 
 
 @pytest.fixture(autouse=True)
@@ -64,30 +60,30 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_LONGEST_PAUSE_S", 0.5)
 
 
-def killed(stage: Stage, calm: Calm, folder: Path, target: str, *steps: str) -> int:
+def killed(stage: Stage, calm: Outcome, folder: Path, target: str, *steps: str) -> int:
     """Plays with kills at steps; how many sessions were lost."""
     with Trial(stage, folder) as trial:
         faults = Faults(trial, target, *steps)
         releases = trial.play()
         assert faults.missed == []
         assert faults.fired == list(steps)
-        trial.check(releases, calm[0])
+        trial.check(releases, calm)
         return trial.lost
 
 
-def test_the_coordinator_killed_at_each_step(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_the_coordinator_killed_at_each_step(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     steps = [step for step in STEPS if step not in ("releasing", "released")]
     assert killed(stage, undisturbed, tmp_path, "coordinator", *steps) == 0
 
 
-def test_the_enclave_killed_at_each_step(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_the_enclave_killed_at_each_step(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     steps = ["uploading", "uploaded", "opened", "joining", "joined", "rostered", "countersigning", "computing"]
     assert killed(stage, undisturbed, tmp_path, "enclave", *steps) == len(steps)
 
 
 @pytest.mark.parametrize("step", ["releasing", "released"])
 @pytest.mark.parametrize("target", ["coordinator", "enclave"])
-def test_killed_at_the_release(stage: Stage, undisturbed: Calm, tmp_path: Path, step: str, target: str) -> None:
+def test_killed_at_the_release(stage: Stage, undisturbed: Outcome, tmp_path: Path, step: str, target: str) -> None:
     lost = killed(stage, undisturbed, tmp_path, target, step)
     # What the enclave has released and nobody has read is gone with it, and only that.
     assert lost == 0 or (lost == 1 and (step, target) == ("releasing", "enclave"))
@@ -103,7 +99,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("step", "target"), ALONE)
-def test_killed_at_one_step(stage: Stage, undisturbed: Calm, tmp_path: Path, step: str, target: str) -> None:
+def test_killed_at_one_step(stage: Stage, undisturbed: Outcome, tmp_path: Path, step: str, target: str) -> None:
     """`make faults` tries each step by itself."""
     lost = killed(stage, undisturbed, tmp_path, target, step)
     if target == "coordinator" or step == "released":
@@ -113,14 +109,14 @@ def test_killed_at_one_step(stage: Stage, undisturbed: Calm, tmp_path: Path, ste
 
 
 @pytest.mark.parametrize("seed", [*REGRESSIONS, *range(MOMENTS)])
-def test_killed_at_a_random_moment(stage: Stage, undisturbed: Calm, tmp_path: Path, seed: int) -> None:
+def test_killed_at_a_random_moment(stage: Stage, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
     plan = Plan.of(seed)
     print(f"seed {seed}: {plan}")
     with Trial(stage, tmp_path) as trial:
-        plan.begin(trial, undisturbed[1])
+        plan.begin(trial)
         releases = trial.play()
         print(f"killed: {trial.died}; sessions lost: {trial.lost}")
-        trial.check(releases, undisturbed[0])
+        trial.check(releases, undisturbed)
         assert trial.lost <= len(trial.died)
 
 
@@ -139,7 +135,7 @@ def die(trial: Trial, name: str, *steps: str) -> None:
         assert ended.code == -signal.SIGKILL, (step, ended)
 
 
-def test_a_member_killed_before_its_receipt(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_a_member_killed_before_its_receipt(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     with Trial(stage, tmp_path) as trial:
         anew(trial, "bob")
         others = trial.start_play("ann", "cyd", "dan")
@@ -165,14 +161,14 @@ def test_a_member_killed_before_its_receipt(stage: Stage, undisturbed: Calm, tmp
         found = Outcome.of(releases["dan"])
         # Another upload of the same table: other inputs, the same numbers.
         assert [pair[0].upload for pair in state.uploads(trial.agreement.digest, "visits")] == [sealed.upload]
-        assert [plain for _, _, plain in found.plaintexts] == [plain for _, _, plain in undisturbed[0].plaintexts]
+        assert [plain for _, _, plain in found.plaintexts] == [plain for _, _, plain in undisturbed.plaintexts]
         assert trial.ledger.twice == []
         assert trial.ledger.sent[sealed.upload.hex()] < sealed.size + 2 * limits.CHUNK_BYTES
         assert (trial.lost, trial.coordinator.faults) == (0, [])
 
 
 def test_a_power_cut_between_a_roster_signature_and_its_sending(
-    stage: Stage, undisturbed: Calm, tmp_path: Path
+    stage: Stage, undisturbed: Outcome, tmp_path: Path
 ) -> None:
     with Trial(stage, tmp_path) as trial:
         others = trial.start_play("ann", "cyd", "dan")
@@ -196,11 +192,11 @@ def test_a_power_cut_between_a_roster_signature_and_its_sending(
         die(trial, "bob", "fetching", "fetched", "head")
         ended = run_member(trial, "bob")
         assert ended.code == 0, ended
-        assert ended.lines[-1] == ("released", "1", undisturbed[0].body.hex())
+        assert ended.lines[-1] == ("released", "1", undisturbed.body.hex())
         assert (trial.ledger.twice, trial.lost, trial.coordinator.faults) == ([], 0, [])
 
 
-def test_two_clients_of_one_member_at_once(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_two_clients_of_one_member_at_once(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     with Trial(stage, tmp_path) as trial:
         others = trial.start_play("ann", "cyd", "dan")
         until(lambda: trial.session, 60)
@@ -208,7 +204,7 @@ def test_two_clients_of_one_member_at_once(stage: Stage, undisturbed: Calm, tmp_
         for client in clients:
             ended = client.wait()
             assert ended.code == 0, ended
-            assert ended.lines[-1] == ("released", "1", undisturbed[0].body.hex())
+            assert ended.lines[-1] == ("released", "1", undisturbed.body.hex())
         others.result()
         assert len(trial.member("bob").state.signed_rosters(GENESIS)) == 1
         assert (trial.lost, trial.coordinator.faults) == (0, [])
@@ -289,7 +285,7 @@ def test_a_lapsed_roster_and_then_a_corrected_table(tmp_path: Path) -> None:
 # What machines lack
 
 
-def test_a_full_disk_under_the_spool(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_a_full_disk_under_the_spool(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     with Trial(stage, tmp_path) as trial:
         anew(trial, "bob")
         with trial.connect("ann") as connection:
@@ -303,10 +299,10 @@ def test_a_full_disk_under_the_spool(stage: Stage, undisturbed: Calm, tmp_path: 
         releases = trial.play()
         assert {release.sequence for release in releases.values()} == {1}
         found = Outcome.of(releases["dan"])
-        assert [plain for _, _, plain in found.plaintexts] == [plain for _, _, plain in undisturbed[0].plaintexts]
+        assert [plain for _, _, plain in found.plaintexts] == [plain for _, _, plain in undisturbed.plaintexts]
 
 
-def test_a_full_disk_under_the_coordinators_blobs(stage: Stage, undisturbed: Calm, tmp_path: Path) -> None:
+def test_a_full_disk_under_the_coordinators_blobs(stage: Stage, undisturbed: Outcome, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -325,13 +321,13 @@ def test_a_full_disk_under_the_coordinators_blobs(stage: Stage, undisturbed: Cal
             assert 0 < stored <= 600 << 10
             assert complete is None
             subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-            trial.check(trial.play(), undisturbed[0])
+            trial.check(trial.play(), undisturbed)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 @pytest.mark.parametrize("ahead_s", [600.0, -600.0])
-def test_a_clock_that_is_off(stage: Stage, undisturbed: Calm, tmp_path: Path, ahead_s: float) -> None:
+def test_a_clock_that_is_off(stage: Stage, undisturbed: Outcome, tmp_path: Path, ahead_s: float) -> None:
     with Trial(stage, tmp_path) as trial:
         with trial.connect("ann") as connection:
             connection.open(trial.agreement)

@@ -40,6 +40,10 @@ PARTIES: Final = NAMES[:3]
 ROWS: Final = {"ann": 900, "bob": 45_000, "cyd": 900}
 """bob's sealed table has more than one message of an upload."""
 
+MEMBER_STEPS: Final = 30
+"""Steps that the members of a run tell, all together, without the last fetches."""
+
+
 # The stage
 
 
@@ -525,33 +529,39 @@ class _Stopped:
 
 @dataclass(frozen=True)
 class Plan:
-    """The kills of a seed: (fraction of an undisturbed run's time, target, pause before the restart in s)."""
+    """The kills of a seed: (after how many steps of all members together, s after that, target, s before the restart)."""
 
     seed: int
-    kills: tuple[tuple[float, str, float], ...]
+    kills: tuple[tuple[int, float, str, float], ...]
 
     @classmethod
     def of(cls, seed: int) -> Plan:
-        """One or two kills at any moment."""
+        """One or two kills at any moment: a third of them while the enclave starts, before anybody has done a step."""
         dice = random.Random(seed)
-        count = dice.choice((1, 1, 2))
-        return cls(
-            seed,
-            tuple(
-                sorted(
-                    (0.85 * dice.uniform(0, 1.05), dice.choice(("coordinator", "enclave", "both")), dice.uniform(0, 0.3))
-                    for _ in range(count)
-                )
-            ),
-        )
 
-    def begin(self, trial: Trial, duration_s: float) -> None:
+        def kill() -> tuple[int, float, str, float]:
+            early = dice.random() < 1 / 3
+            after, delay_s = (
+                (0, dice.uniform(0, 1.5)) if early else (dice.randint(1, MEMBER_STEPS), dice.uniform(0, 0.1))
+            )
+            return after, delay_s, dice.choice(("coordinator", "enclave", "both")), dice.uniform(0, 0.3)
+
+        return cls(seed, tuple(sorted(kill() for _ in range(dice.choice((1, 1, 2))))))
+
+    def begin(self, trial: Trial) -> None:
         """Kills while the trial plays."""
+        heard = threading.Semaphore(0)
+        trial.told = lambda _step, _name: heard.release()
 
         def run() -> None:
-            begun = time.monotonic()
-            for fraction, target, pause_s in self.kills:
-                if trial.over.wait(max(0.0, begun + fraction * duration_s - time.monotonic())):
+            done = 0
+            for after, delay_s, target, pause_s in self.kills:
+                while done < after:
+                    if heard.acquire(timeout=0.2):
+                        done += 1
+                    elif trial.over.is_set():
+                        return
+                if trial.over.wait(delay_s):
                     return
                 trial.kill(target, pause_s)
 
