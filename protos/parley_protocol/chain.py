@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.agreement.signed import SignedAgreement
-from parley_protocol.claims import VerifiedRecord, verify_record
+from parley_protocol.claims import verify_record
 from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import VerificationError
 from parley_protocol.transcript import GENESIS, Record
@@ -70,13 +70,11 @@ def verify_chain(
     """
     state = start or ChainState()
     for signed, document in records:
-        state = _follow(state, signed, document, lineage, now_ms)[0]
+        state = _follow(state, signed, document, lineage, now_ms)
     return state
 
 
-def _follow(
-    state: ChainState, signed: bytes, document: bytes, lineage: Sequence[Agreement], now_ms: int
-) -> tuple[ChainState, VerifiedRecord]:
+def _follow(state: ChainState, signed: bytes, document: bytes, lineage: Sequence[Agreement], now_ms: int) -> ChainState:
     body = Record.from_bytes(payload_unverified(signed)).body
     agreement = next((version for version in lineage if version.digest == body.agreement), None)
     if agreement is None or agreement.version < state.version:
@@ -92,4 +90,4 @@ def _follow(
     if body.charged <= state.charged:
         raise VerificationError("chn-4", "a record charges no release", code="head")
     verified = verify_record(signed, document, agreement, now_ms=now_ms)  # chn-5
-    return ChainState(verified.record.head, body.sequence, body.charged, agreement.version), verified
+    return ChainState(verified.record.head, body.sequence, body.charged, agreement.version)

@@ -16,7 +16,7 @@ from parley_protocol import cose, limits
 from parley_protocol.agreement.model import Agreement, Consent
 from parley_protocol.attestation.policy import Policy
 from parley_protocol.attestation.verify import VerifiedEnclave, VerifiedStatement, verify_live, verify_statement
-from parley_protocol.errors import MalformedError, VerificationError
+from parley_protocol.errors import VerificationError
 from parley_protocol.shapes import Statement
 from parley_protocol.table import is_bucket
 from parley_protocol.transcript import (
@@ -356,10 +356,3 @@ def verify_caller(signed: bytes, server: bytes, *, now_ms: int) -> Caller:
         code="expired",
     )
     return caller
-
-
-def checked_key(key: bytes) -> Ed25519PublicKey:
-    """An Ed25519 key of 32 bytes; MalformedError."""
-    if len(key) != 32:
-        raise MalformedError("not a key of 32 bytes")
-    return Ed25519PublicKey.from_public_bytes(key)

@@ -101,19 +101,6 @@ class Seq:
 
 
 @dataclass(frozen=True, slots=True)
-class Optional:
-    """A shape or null."""
-
-    item: Shape
-
-    def dump(self, value: Any, where: str) -> Value:
-        return None if value is None else self.item.dump(value, where)
-
-    def load(self, value: Value, where: str) -> Any:
-        return None if value is None else self.item.load(value, where)
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """A nested array: the fields of the dataclass `kind`, in its order, by `kind.SHAPES`."""
 
