@@ -17,6 +17,12 @@ from parley_protocol.errors import MalformedError
 
 Buffer = bytes | bytearray | memoryview
 
+ENCLAVE_PORT: Final = 5005
+"""The vsock port at which the enclave of an image listens."""
+HEARTBEAT_PORT: Final = 9000
+"""The vsock port of the parent at which nitro-cli awaits the heartbeat of an image that has booted."""
+HEARTBEAT: Final = b"\xb7"
+"""The heartbeat: one byte from the image, which the parent returns as it is."""
 HEADER_BYTES: Final = 8
 _HEADER: Final = struct.Struct(">II")
 
