@@ -93,8 +93,9 @@ class Stack:
         """The stack of a folder, made where it is not there: root, measurements of the installed enclave, configuration,
         TLS certificate. Nothing runs yet."""
         from parley_coordinator import config, tls
-        from parley_deploy.measure import image_measurements, measurements_json
+        from parley_deploy.measure import image_measurements
         from parley_deploy.pki import LocalRoot
+        from parley_protocol.measurement import measurements_json
 
         stack = cls(folder.resolve())
         stack.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

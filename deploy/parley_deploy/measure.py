@@ -10,8 +10,7 @@ enclave, which an agreement must name before anybody seals anything to it.
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -39,12 +38,6 @@ def image_measurements(tree: Path | None = None) -> dict[int, bytes]:
         return measure_tree(tree / "parley_protocol", tree / "parley_enclave", tree / LOCK)
     with resources.as_file(resources.files("parley_deploy") / "image" / LOCK) as lock:
         return measure_tree(_installed("parley_protocol"), _installed("parley_enclave"), lock)
-
-
-def measurements_json(pcrs: Mapping[int, bytes]) -> str:
-    """Measurements in the form that `nitro-cli build-enclave` prints."""
-    registers = {f"PCR{index}": value.hex() for index, value in sorted(pcrs.items())}
-    return json.dumps({"Measurements": {"HashAlgorithm": "Sha384 { ... }", **registers}}, indent=2) + "\n"
 
 
 def _sources(package: str, folder: Path) -> Iterable[bytes]:

@@ -48,6 +48,21 @@ DOCUMENT_AGE_MS: Final = 5 * 60 * 1000
 CLOCK_SKEW_MS: Final = 60 * 1000
 """How far a document may come from the verifier's future: clocks under NTP differ by less."""
 
+# Enclave images
+
+EIF_BYTES: Final = 1 << 40
+"""A whole image: enclaves have at least four times its size in memory, and no parent has that much."""
+EIF_SECTIONS: Final = 32
+"""Sections of an image: the format's table has no more places."""
+EIF_CMDLINE_BYTES: Final = 4096
+"""A kernel command line, which is held and shown: kernels take 2,048 bytes."""
+EIF_METADATA_BYTES: Final = 1 << 20
+"""The metadata, which are held and shown: `docker inspect` of an image is in them, tens of kilobytes at most."""
+EIF_SIGNATURE_BYTES: Final = 32_768
+"""The signature section, by AWS's format."""
+EIF_CHUNK_BYTES: Final = 1 << 20
+"""What is read of an image at a time: large enough for the disk, and all the memory that an image of any size takes."""
+
 # Statements
 
 NAME_BYTES: Final = 128

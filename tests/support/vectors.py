@@ -36,3 +36,31 @@ def attestation() -> list[Recorded]:
         )
         for entry in json.loads(index.read_text())
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedImage:
+    """An EIF that AWS's own code built, or one altered by hand, with the measurements recorded for it."""
+
+    name: str
+    path: Path
+    pcrs: dict[int, bytes]
+
+    @property
+    def data(self) -> bytes:
+        """The file."""
+        return self.path.read_bytes()
+
+
+def images() -> dict[str, RecordedImage]:
+    """All recorded images by name; skips, and says so, where they are not on this machine."""
+    folder = FOLDER / "eif"
+    if not (folder / "index.json").exists():
+        pytest.skip(f"NO IMAGE VECTORS: {folder} is not there; set PARLEY_VECTORS", allow_module_level=True)
+    found = {}
+    for path in sorted(folder.glob("*.eif")):
+        told = json.loads(path.with_suffix(".build.json").read_text())
+        registers = told.get("Measurements", told)
+        pcrs = {int(name[3:]): bytes.fromhex(value) for name, value in registers.items() if name.startswith("PCR")}
+        found[path.stem] = RecordedImage(path.stem, path, pcrs)
+    return found

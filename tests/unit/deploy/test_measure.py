@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import pytest
 
-from parley_deploy.measure import LOCK, image_measurements, measure_tree, measurements_json
+from parley_deploy.measure import LOCK, image_measurements, measure_tree
 from parley_protocol.encoding import encode
 from parley_protocol.errors import StateError
 
@@ -80,16 +79,3 @@ def test_what_is_installed_is_measured_as_its_source_tree(repository: Path) -> N
     )
     assert image_measurements() == expected
     assert len({*expected.values()}) == 3
-
-
-def test_measurements_are_printed_as_nitro_cli_prints_them() -> None:
-    text = measurements_json({1: b"\1" * 48, 0: bytes(48), 2: b"\2" * 48})
-    assert json.loads(text) == {
-        "Measurements": {
-            "HashAlgorithm": "Sha384 { ... }",
-            "PCR0": "00" * 48,
-            "PCR1": "01" * 48,
-            "PCR2": "02" * 48,
-        }
-    }
-    assert text.endswith("}\n")

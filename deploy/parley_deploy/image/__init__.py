@@ -1,0 +1,1 @@
+"""The builder of enclave images, and the hash-locked requirements of what runs in one (`requirements.lock`)."""
