@@ -20,6 +20,8 @@ from parley_protocol.v1 import enclave_pb2
 
 HOST_CID = 3
 """The parent instance's context id (VMADDR of the Nitro hypervisor's vsock)."""
+_PORT_ANY = 2**32 - 1
+"""VMADDR_PORT_ANY: the kernel would choose a port, where nobody finds the enclave."""
 
 
 class Connection:
@@ -72,7 +74,7 @@ def is_host(family: int, peer: object) -> bool:
 
 
 def listen(address: str) -> socket.socket:
-    """A listener at `unix:PATH` (mode 0600) or `vsock:PORT`; ValueError for another address."""
+    """A listener at `unix:PATH` (mode 0600) or `vsock:PORT`; ValueError for another address, OSError without the family."""
     kind, _, place = address.partition(":")
     if kind == "unix" and place:
         if Path(place).is_socket():
@@ -83,7 +85,7 @@ def listen(address: str) -> socket.socket:
             listener.bind(place)
         finally:
             os.umask(previous)
-    elif kind == "vsock" and place.isascii() and place.isdigit():
+    elif kind == "vsock" and place.isascii() and place.isdigit() and len(place) <= 10 and int(place) < _PORT_ANY:
         listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         listener.bind((socket.VMADDR_CID_ANY, int(place)))
     else:

@@ -28,6 +28,9 @@ from parley_protocol.errors import CODES, MalformedError, ParleyError, RefusedEr
 
 Parts = tuple[bytes, ...]
 
+_UID_MAX = 2**32 - 2
+"""The greatest uid: the next one means none."""
+
 
 class WorkerError(ParleyError):
     """A fault of the program in a worker. `place` is the error's type and line of code, never its text or a value."""
@@ -76,13 +79,18 @@ class _ServeLostError(Exception):
 class _Worker:
     """One subprocess and the main process's end of its socket pair."""
 
-    def __init__(self) -> None:
+    def __init__(self, uid: int | None = None) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._context: bytes | None = None
+        command = [sys.executable, "-P", "-s", "-m", "parley_enclave.worker", str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-m", "parley_enclave.worker", str(theirs.fileno())],
+                command if uid is None else [*command, "confined"],
                 pass_fds=[theirs.fileno()],
+                user=uid,
+                group=uid,
+                extra_groups=None if uid is None else [],
+                cwd=None if uid is None else "/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # A traceback's text may hold values; the place of a failure comes back as a parcel.
@@ -129,11 +137,15 @@ def _outcome(fields: list[Value], parts: Parts) -> Parts:
     raise _WorkerLostError
 
 
+_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE")
+"""The last two fix in an image which instructions numpy and BLAS choose; see `init`."""
+
+
 def _environment() -> dict[str, str]:
     """Nothing of the main process's environment but where the code lies; one thread, so that sums are repeatable."""
     roots = dict.fromkeys(str(Path(package.__path__[0]).parent) for package in (parley_enclave, parley_protocol))
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return kept | {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *inherited])),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -143,17 +155,25 @@ def _environment() -> dict[str, str]:
 
 
 class Pool:
-    """`workers` workers, the tasks that wait for them, and the Serve connections that the host keeps open."""
+    """`workers` workers, the tasks that wait for them, and the Serve connections that the host keeps open.
 
-    def __init__(self, workers: int) -> None:
+    With a `uid` the workers run under it, and its gid, and give up what `confine` says; only root may do that.
+    """
+
+    def __init__(self, workers: int, uid: int | None = None) -> None:
         if not 1 <= workers <= limits.WORKERS:
             raise ValueError(f"workers: not 1 to {limits.WORKERS}")
+        if uid is not None and not 1 <= uid <= _UID_MAX:
+            raise ValueError(f"worker uid: not 1 to {_UID_MAX}")
+        if uid is not None and os.geteuid() != 0:
+            raise ValueError("worker uid: only root starts processes under another uid")
+        self._uid = uid
         self._changed = threading.Condition()
         self._queue: deque[_Queued] = deque()
         self._serves: deque[socket.socket] = deque()
         self._generation = 0
         self._closed = False
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_Worker(uid) for _ in range(workers)]
         self._lanes = [threading.Thread(target=self._lane, args=(number,), daemon=True) for number in range(workers)]
         for lane in self._lanes:
             lane.start()
@@ -194,7 +214,7 @@ class Pool:
             self._generation += 1
             waiting = list(self._queue)
             self._queue.clear()
-            old, self._workers = self._workers, [_Worker() for _ in self._workers]
+            old, self._workers = self._workers, [_Worker(self._uid) for _ in self._workers]
         for queued in waiting:
             queued.future.set_exception(UnavailableError("the workers are renewed"))
         for worker in old:
@@ -253,7 +273,7 @@ class Pool:
         worker.end()
         with self._changed:
             if self._workers[number] is worker and not self._closed:
-                self._workers[number] = _Worker()
+                self._workers[number] = _Worker(self._uid)
 
     def _take(self, number: int, generation: int) -> tuple[socket.socket, _Worker]:
         """A Serve connection, and the lane's worker if it is still of this generation: no other may see the task's keys."""

@@ -1,4 +1,4 @@
-"""A worker: `python -m parley_enclave.worker FD`, where FD is its end of a socket pair with the main process.
+"""A worker: `python -m parley_enclave.worker FD [confined]`, where FD is its end of a socket pair with the main process.
 
 It holds no key but those of the uploads that it works on, and opens no connection: each task brings one of the host's.
 A parcel in is one of
@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from parley_enclave import exchange
+from parley_enclave.confine import confine_worker
 from parley_enclave.exchange import Parcel
 from parley_protocol import limits
 from parley_protocol.agreement.canonical import parse
@@ -144,7 +145,9 @@ def _end_with(control: socket.socket) -> None:
 
 
 def main() -> None:
-    """Runs a worker on the file descriptor that is the only argument."""
+    """Runs a worker on the file descriptor that is the first argument."""
+    if sys.argv[2:] == ["confined"]:
+        confine_worker()
     # Ctrl-C is for the main process, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))

@@ -118,6 +118,14 @@ CONNECTIONS: Final = 128
 """Open connections of the host, each with a thread: two for each of 50 parties, and the serves of 16 workers."""
 WORKERS: Final = 64
 """Workers of one enclave: one per vCPU of the largest parents."""
+WORKER_ADDRESS_BYTES: Final = 4 << 30
+"""Address space of a worker: a message of the greatest size twice, a window and a state, and libraries several times."""
+WORKER_FILES: Final = 32
+"""Open files of a worker: its control, one connection, and what an import opens."""
+WORKER_THREADS: Final = 8
+"""Threads that the workers' user may have for each worker: it works, pulls ahead, and waits for its end."""
+WORKER_OOM_SCORE: Final = 500
+"""Where memory runs out a worker ends, whose task is repeated, and never the process with the keys."""
 ACCEPT_PAUSE_MS: Final = 50
 """After a connection that could not be accepted: long enough not to spin while descriptors are used up."""
 ASK_TIMEOUT_MS: Final = 30 * 1000
@@ -225,3 +233,5 @@ TEXT_LINE_BYTES: Final = 2 * 10**6
 """One line of a CSV file: a table of 256 columns is far below; a cell of 10 MB is an open quote or no table at all."""
 CHAIN_RECORDS: Final = 10_000
 """Records of a series that a client takes from a host in one answer: each is an attested release."""
+MEASUREMENT_NOTICE_MS: Final = 14 * 86_400_000
+"""Before the `until` of the image that runs: time for all members to sign the amendment that accepts the next one."""

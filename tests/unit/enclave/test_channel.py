@@ -42,7 +42,21 @@ def test_a_unix_socket_is_for_its_owner_and_replaces_a_stale_one(tmp_path: Path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("address", ["", "unix:", "tcp:1", "vsock:", "vsock:x", "vsock:-1", "/tmp/x"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "unix:",
+        "tcp:1",
+        "vsock:",
+        "vsock:x",
+        "vsock:-1",
+        "vsock:4294967295",
+        "vsock:" + "9" * 5000,
+        "vsock:\u0663",
+        "/tmp/x",
+    ],
+)
 def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(ValueError, match="listen"):
         listen(address)
@@ -162,3 +176,42 @@ def test_the_server_outlives_a_failed_accept_and_ends_with_its_listener() -> Non
     listener: Any = Listener()
     Server(listener, lambda connection: None).run()
     assert Listener.calls == 3
+
+
+class Accepted:
+    """A connection that vsock has accepted, which tells whether anybody read or closed it."""
+
+    family = socket.AF_VSOCK
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Vsock:
+    """A listener on vsock that accepts connections from these context ids, then is closed."""
+
+    def __init__(self, cids: list[int]) -> None:
+        self._cids = cids
+        self.accepted = [Accepted() for _ in cids]
+        self._next = 0
+
+    def accept(self) -> tuple[Accepted, tuple[int, int]]:
+        if self._next == len(self._cids):
+            raise OSError("closed")
+        self._next += 1
+        return self.accepted[self._next - 1], (self._cids[self._next - 1], 1024)
+
+    def fileno(self) -> int:
+        return -1
+
+
+def test_whoever_is_not_the_parent_is_closed_unread_and_takes_no_place() -> None:
+    served: list[Connection] = []
+    listener: Any = Vsock([4, 1, 2, 0, 3, 2**32 - 1, 3])
+    Server(listener, served.append, connections=2).run()
+    _until(lambda: all(accepted.closed.is_set() for accepted in listener.accepted))
+    # `Accepted` has no recv: a thread that read one would have failed.
+    assert len(served) == 2

@@ -22,7 +22,8 @@ class FakeWorker:
     behaviour: Behaviour = staticmethod(lambda task, serve: (b"done",))
     made = 0
 
-    def __init__(self) -> None:
+    def __init__(self, uid: int | None) -> None:
+        assert uid is None
         FakeWorker.made += 1
         self.pid = FakeWorker.made
         self.ended = False
