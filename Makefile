@@ -4,9 +4,13 @@
 #   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
 #   make faults   the fault tests alone: 30 random moments, and each step by itself   (PARLEY_FAULTS=100 for more)
 #   make check    lint, format, types, role boundaries, generated code
+#   make image    the enclave image, the same bytes on every machine, and what it is measured to be: build/image
+#   make qemu-test        boots that image in an emulator and runs a whole session in it
+#   make qemu-nitro-test  boots the image's file in QEMU's nitro-enclave machine, which is built from source first
 #   make bench    figures as ratios, printed and written as JSON
 #   make protos   generated protobuf code anew
 #   make locks    the hash-locked requirements anew
+#   make image-lock       the inputs of the image anew: newest packages, other measurements
 #   make clean    removes what the other targets made
 
 PYTHON ?= python3
@@ -22,7 +26,7 @@ IMAGE_LOCK := deploy/parley_deploy/image/requirements.lock
 COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
 
-.PHONY: demo test faults check bench protos locks clean venv format
+.PHONY: demo test faults check image image-lock qemu-test qemu-nitro-test bench protos locks clean venv format
 
 demo: $(READY)
 	$(BIN)/parley demo flights
@@ -45,6 +49,21 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+image: $(READY)
+	$(BIN)/python -m parley_deploy.image build $(ARGS)
+
+image-lock: $(READY)
+	$(BIN)/python -m parley_deploy.image lock
+
+# What these two need on a machine of 2 cores: a few minutes, and 1 GB or 3 GB below .cache.
+qemu-test: image
+	$(BIN)/python -m parley_deploy.emulator.qemu --dir .cache/qemu
+	PARLEY_QEMU=1 $(BIN)/python -m pytest tests/emulation --ignore tests/emulation/test_nitro_machine.py
+
+qemu-nitro-test: image
+	$(BIN)/python -m parley_deploy.emulator.nitro_machine --dir .cache/qemu-nitro
+	PARLEY_QEMU_NITRO=1 $(BIN)/python -m pytest tests/emulation/test_nitro_machine.py
 
 bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(ARGS)

@@ -37,7 +37,7 @@ def image_measurements(tree: Path | None = None) -> dict[int, bytes]:
     if tree is not None:
         return measure_tree(tree / "parley_protocol", tree / "parley_enclave", tree / LOCK)
     with resources.as_file(resources.files("parley_deploy") / "image" / LOCK) as lock:
-        return measure_tree(_installed("parley_protocol"), _installed("parley_enclave"), lock)
+        return measure_tree(installed("parley_protocol"), installed("parley_enclave"), lock)
 
 
 def _sources(package: str, folder: Path) -> Iterable[bytes]:
@@ -47,7 +47,7 @@ def _sources(package: str, folder: Path) -> Iterable[bytes]:
     return [encode([name, files[name].read_bytes()]) for name in sorted(files)]
 
 
-def _installed(package: str) -> Path:
+def installed(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise StateError(f"{package} is not installed")
