@@ -1,0 +1,90 @@
+# What the parent may do: be managed by Session Manager, read its artefacts, write its backups, and ask the parties' keys for
+# decryption to an attested enclave. Nothing else.
+
+data "aws_iam_policy_document" "assume" {
+  statement {
+    actions = ["sts:AssumeRole"]
+
+    principals {
+      type        = "Service"
+      identifiers = ["ec2.amazonaws.com"]
+    }
+  }
+}
+
+resource "aws_iam_role" "parent" {
+  name               = "${var.name}-parent"
+  description        = "Parent instance of Parley"
+  assume_role_policy = data.aws_iam_policy_document.assume.json
+}
+
+resource "aws_iam_role_policy_attachment" "session_manager" {
+  role       = aws_iam_role.parent.name
+  policy_arn = "arn:${data.aws_partition.this.partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
+}
+
+data "aws_iam_policy_document" "parent" {
+  statement {
+    sid       = "ReadArtefacts"
+    actions   = ["s3:GetObject"]
+    resources = ["${aws_s3_bucket.this.arn}/artefacts/*"]
+  }
+
+  statement {
+    sid       = "Backups"
+    actions   = ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+    resources = ["${aws_s3_bucket.this.arn}/backup/*"]
+  }
+
+  statement {
+    sid       = "ListBackups"
+    actions   = ["s3:ListBucket"]
+    resources = [aws_s3_bucket.this.arn]
+
+    condition {
+      test     = "StringLike"
+      variable = "s3:prefix"
+      values   = ["backup/*"]
+    }
+  }
+
+  statement {
+    sid       = "BucketKey"
+    actions   = ["kms:Decrypt", "kms:GenerateDataKey"]
+    resources = [aws_kms_key.bucket.arn]
+
+    condition {
+      test     = "StringEquals"
+      variable = "kms:ViaService"
+      values   = ["s3.${var.region}.amazonaws.com"]
+    }
+  }
+
+  # The keys' own policies decide; this only lets a request out, and only one that carries an attestation document.
+  dynamic "statement" {
+    for_each = length(var.party_keys) == 0 ? [] : [var.party_keys]
+
+    content {
+      sid       = "PartyKeys"
+      actions   = ["kms:Decrypt"]
+      resources = statement.value
+
+      condition {
+        test     = "Null"
+        variable = "kms:RecipientAttestation:PCR0"
+        values   = ["false"]
+      }
+    }
+  }
+}
+
+resource "aws_iam_role_policy" "parent" {
+  name   = "parent"
+  role   = aws_iam_role.parent.id
+  policy = data.aws_iam_policy_document.parent.json
+}
+
+resource "aws_iam_instance_profile" "parent" {
+  name = "${var.name}-parent"
+  role = aws_iam_role.parent.name
+}
