@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 from pathlib import Path
@@ -40,7 +39,7 @@ def confine_worker() -> None:
         resource.setrlimit(kind, (bound, bound))
     undumpable()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _filter(platform.machine())
+    _filter(os.uname().machine)
 
 
 _REFUSED: Final = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import platform
 import resource
 import socket
 import stat
@@ -113,7 +112,7 @@ class Linux:
         self._checked(self._libc.mount(*arguments), str(target))
 
     def load_module(self, module: Path, parameters: str) -> None:
-        number = _FINIT_MODULE[platform.machine()]
+        number = _FINIT_MODULE[os.uname().machine]
         with module.open("rb") as file:
             arguments = (ctypes.c_long(number), file.fileno(), parameters.encode(), 0)
             self._checked(self._libc.syscall(*arguments), module.name)
@@ -161,7 +160,7 @@ class Boot:
 
     root: Path
     kernel: Kernel
-    machine: str = field(default_factory=platform.machine)
+    machine: str = field(default_factory=lambda: os.uname().machine)
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     program: str = PROGRAM
@@ -190,7 +189,7 @@ _PRIVATE = _NOSUID | _NODEV | _NOEXEC
 _MOUNTS = (
     # Workers see no process but their own.
     ("proc", "proc", _PRIVATE, "hidepid=2"),
-    ("sysfs", "sys", _PRIVATE | _RDONLY, ""),
+    ("sysfs", "sys", _PRIVATE, ""),
     ("devtmpfs", "dev", _NOSUID | _NOEXEC, "mode=0755"),
     ("tmpfs", "run", _PRIVATE, "mode=0755,size=1m"),
     ("tmpfs", "tmp", _PRIVATE, "mode=1777,size=1m"),
@@ -313,9 +312,10 @@ def clock(boot: Boot) -> None:
 
 def seal(boot: Boot) -> None:
     """Nothing is written any more but /run and /tmp."""
-    settings_folder = boot.root / "proc/sys"
-    boot.kernel.mount(str(settings_folder), settings_folder, "", _BIND, "")
-    boot.kernel.mount("", settings_folder, "", _REMOUNT | _BIND | _RDONLY | _PRIVATE, "")
+    knobs = boot.root / "proc/sys"
+    boot.kernel.mount(str(knobs), knobs, "", _BIND, "")
+    for folder in (knobs, boot.root / "sys"):
+        boot.kernel.mount("", folder, "", _REMOUNT | _BIND | _RDONLY | _PRIVATE, "")
     boot.kernel.mount("", boot.root, "", _REMOUNT | _RDONLY, "")
 
 
