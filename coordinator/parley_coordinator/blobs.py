@@ -6,6 +6,7 @@ cut a file may be longer than what reached the disk.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -16,6 +17,8 @@ from typing import Final, Protocol
 from parley_protocol.errors import UnavailableError
 
 _NAME: Final = re.compile(r"[a-z]+-[0-9a-f]{1,64}")
+_NO_SENDFILE: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_PIECE: Final = 1 << 20
 
 
 class BlobWriter(Protocol):
@@ -173,7 +176,15 @@ class _FileReader:
     def send(self, to: socket.socket, offset: int, length: int) -> None:
         end = offset + length
         while offset < end:
-            sent = os.sendfile(to.fileno(), self._descriptor, offset, end - offset)
+            try:
+                sent = os.sendfile(to.fileno(), self._descriptor, offset, end - offset)
+            except OSError as error:
+                # Not every kind of socket and of file system lets the kernel do it.
+                if error.errno not in _NO_SENDFILE:
+                    raise
+                piece = self.read(offset, min(end - offset, _PIECE))
+                to.sendall(piece)
+                sent = len(piece)
             if sent == 0:
                 raise OSError("the blob ended while it was sent")
             offset += sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from parley_protocol import limits
+from parley_protocol.framing import ENCLAVE_PORT
 
 FILE: Final = "coordinator.toml"
 LEVELS: Final = ("debug", "info", "warning", "error")
+KINDS: Final = ("local", "qemu", "nitro")
+ACCELS: Final = ("auto", "kvm", "tcg")
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 class ConfigError(Exception):
@@ -22,12 +27,38 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """The launcher `local`. `command` gets `--dir DIR --agreement-hint HEX` behind it and returns when DIR/enclave.sock
-    answers. `folder` holds one folder for each enclave; the path of a socket in it must stay below 108 bytes."""
+    """The launchers `local` and `qemu`. `command` gets `--dir DIR --agreement-hint HEX` behind it and returns when
+    DIR/enclave.sock answers. `folder` holds one folder for each enclave; the path of a socket in it must stay below 108
+    bytes. `image` is the EIF that the command boots, and None where it runs what is installed; `section` is the field's
+    place in the file."""
 
     command: tuple[str, ...]
     folder: Path
     start_s: float = 60.0
+    image: Path | None = None
+    section: str = "launcher.local"
+
+
+@dataclass(frozen=True, slots=True)
+class Nitro:
+    """The launcher `nitro`: enclaves of one image by nitro-cli.
+
+    `command` is nitro-cli; `name` begins the names of this coordinator's enclaves; `folder` holds one file for each. A
+    launch has `attempts`, `pause_s` apart, of `start_s` each; every other call of nitro-cli has `call_s`.
+    """
+
+    image: Path
+    folder: Path
+    memory_mib: int = 2048
+    cpus: int = 2
+    command: tuple[str, ...] = ("nitro-cli",)
+    debug: bool = False
+    name: str = "parley"
+    port: int = ENCLAVE_PORT
+    attempts: int = 3
+    pause_s: float = 5.0
+    start_s: float = 240.0
+    call_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +91,9 @@ class Config:
     database: str
     blobs: Path
     local: Local
+    qemu: Local
+    nitro: Nitro
+    launcher: str = "local"
     listen: str = "127.0.0.1:7443"
     enclaves: int = limits.ENCLAVES
     quotas: Quotas = Quotas()
@@ -94,21 +128,9 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
     folder = folder.resolve()
     top = _Section(tree, "")
     tls, store, launcher = top.section("tls"), top.section("store"), top.section("launcher")
-    local, quota, deadlines, log = (
-        launcher.section("local"),
-        top.section("quota"),
-        top.section("deadline"),
-        top.section("log"),
-    )
-    kind = launcher.text("kind", "local")
-    if kind != "local":
-        raise ConfigError(f"launcher.kind: {kind!r} is none of: local")
+    local, qemu, nitro = launcher.section("local"), launcher.section("qemu"), launcher.section("nitro")
+    quota, deadlines, log = top.section("quota"), top.section("deadline"), top.section("log")
     standard = Quotas(), Deadlines()
-    command = local.texts("command", ())
-    if not command:
-        workers = str(local.integer("workers", os.cpu_count() or 1, 1))
-        root = str(folder / local.text("root", "root"))
-        command = (sys.executable, "-m", "parley_deploy.enclave", "--root", root, "--workers", workers)
     config = Config(
         folder=folder,
         listen=top.text("listen", "127.0.0.1:7443"),
@@ -120,7 +142,10 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         database=_database(store.text("database", "coordinator.db"), folder),
         blobs=folder / store.text("blobs", "blobs"),
         enclaves=launcher.integer("enclaves", limits.ENCLAVES, 1),
-        local=Local(command, folder / local.text("folder", "enclaves"), local.seconds("start_s", 60.0)),
+        launcher=launcher.choice("kind", "local", KINDS),
+        local=_local(local, folder),
+        qemu=_qemu(qemu, folder),
+        nitro=_nitro(nitro, folder),
         quotas=Quotas(
             quota.integer("bytes_per_member", standard[0].bytes_per_member, 1),
             quota.integer("uploads_per_table", standard[0].uploads_per_table, 1),
@@ -135,9 +160,50 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         ),
         log_level=log.choice("level", "info", LEVELS),
     )
-    for section in (top, tls, store, launcher, local, quota, deadlines, log):
+    for section in (top, tls, store, launcher, local, qemu, nitro, quota, deadlines, log):
         section.finish()
     return config
+
+
+def _local(section: _Section, folder: Path) -> Local:
+    command = section.texts("command", ())
+    if not command:
+        workers = str(section.integer("workers", os.cpu_count() or 1, 1))
+        root = str(folder / section.text("root", "root"))
+        command = (sys.executable, "-m", "parley_deploy.enclave", "--root", root, "--workers", workers)
+    return Local(command, folder / section.text("folder", "enclaves"), section.seconds("start_s", 60.0))
+
+
+def _qemu(section: _Section, folder: Path) -> Local:
+    image = folder / section.text("image", "parley.eif")
+    command = section.texts("command", ())
+    if not command:
+        root = str(folder / section.text("root", "root"))
+        memory = str(section.integer("memory_mib", 2048, 64))
+        cpus = str(section.integer("cpus", 2, 1))
+        accel = section.choice("accel", "auto", ACCELS)
+        command = (sys.executable, "-m", "parley_deploy.emulator", "--image", str(image), "--root", root)
+        command += ("--memory-mib", memory, "--cpus", cpus, "--accel", accel)
+    folder = folder / section.text("folder", "machines")
+    return Local(command, folder, section.seconds("start_s", 300.0), image, "launcher.qemu")
+
+
+def _nitro(section: _Section, folder: Path) -> Nitro:
+    standard = Nitro(folder / "parley.eif", folder / "nitro")
+    return Nitro(
+        image=folder / section.text("image", standard.image.name),
+        folder=folder / section.text("folder", standard.folder.name),
+        memory_mib=section.integer("memory_mib", standard.memory_mib, 64),
+        cpus=section.integer("cpus", standard.cpus, 1),
+        command=section.texts("command", standard.command) or standard.command,
+        debug=section.boolean("debug", default=standard.debug),
+        name=section.matching("name", standard.name, _NAME),
+        port=section.integer("port", standard.port, 1),
+        attempts=section.integer("attempts", standard.attempts, 1),
+        pause_s=section.seconds("pause_s", standard.pause_s),
+        start_s=section.seconds("start_s", standard.start_s),
+        call_s=section.seconds("call_s", standard.call_s),
+    )
 
 
 def _database(text: str, folder: Path) -> str:
@@ -167,6 +233,12 @@ class _Section:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{self._field(name)}: not a list of texts")
         return tuple(value)
+
+    def matching(self, name: str, default: str, pattern: re.Pattern[str]) -> str:
+        value = self.text(name, default)
+        if not pattern.fullmatch(value):
+            raise ConfigError(f"{self._field(name)}: {value!r} does not match {pattern.pattern}")
+        return value
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         value = self.text(name, default)
@@ -217,7 +289,7 @@ database = "coordinator.db"     # SQLite file, or an SQLAlchemy URL
 blobs = "blobs"                 # folder of the ciphertext
 
 [launcher]
-kind = "local"                  # a process with a simulated NSM: it protects nothing
+kind = "local"                  # local: a process with a simulated NSM, which protects nothing | qemu: an image in an emulator | nitro
 enclaves = 4                    # at a time; more get `no-capacity`
 
 [launcher.local]
@@ -226,6 +298,30 @@ root = "root"                   # folder of the local root that certifies the si
 # command = ["python", "-m", "parley_deploy.enclave", "--root", "root"]   # gets --dir and --agreement-hint behind it
 # folder = "enclaves"           # one folder for each enclave, with its socket: a path of less than 108 bytes
 # start_s = 60.0
+
+[launcher.qemu]                 # for kind = "qemu"
+# image = "parley.eif"
+# root = "root"                 # folder of the local root that certifies the emulated NSM
+# memory_mib = 2048
+# cpus = 2
+# accel = "auto"                # auto | kvm | tcg
+# command = ["python", "-m", "parley_deploy.emulator", "--image", "parley.eif", "--root", "root"]   # instead of the five above
+# folder = "machines"
+# start_s = 300.0
+
+[launcher.nitro]                # for kind = "nitro"
+# image = "parley.eif"
+# memory_mib = 2048             # at least 4 times the image
+# cpus = 2                      # whole cores: an even number where a core has two threads
+# command = ["nitro-cli"]
+# debug = false                 # the host reads the console, and documents prove nothing; for simulated agreements only
+# name = "parley"               # begins the names of this coordinator's enclaves
+# port = 5005                   # vsock port at which the enclave listens
+# folder = "nitro"              # one file for each enclave
+# attempts = 3
+# pause_s = 5.0                 # between two attempts
+# start_s = 240.0               # for one; nitro-cli itself waits 180 s for the heartbeat of an image below 6 GiB
+# call_s = 30.0                 # for every other call of nitro-cli
 
 [quota]                         # for one member key
 # bytes_per_member = 274877906944

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from parley_coordinator import log, relay
+from parley_coordinator.clock import now_ms
 from parley_coordinator.config import ConfigError, Local
+from parley_coordinator.images import Images, Wanted
 from parley_protocol.errors import UnavailableError
 
 SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux."""
 RETRY_MS: Final = 30_000
+"""When to ask again, where an enclave did not start or none is free."""
 STOP_S: Final = 5.0
 
 
@@ -34,50 +37,65 @@ class EnclaveHandle:
     address: str
 
 
+def no_capacity(most: int) -> UnavailableError:
+    """All enclaves that may run at a time do."""
+    return UnavailableError(
+        f"all {most} enclaves of this coordinator are in use", code="no-capacity", retry_after_ms=RETRY_MS
+    )
+
+
 class Launcher(Protocol):
     """Starts, finds and stops enclaves."""
 
-    def launch(self, agreement: bytes) -> EnclaveHandle:
-        """A new enclave that listens. UnavailableError: `no-capacity` with the time to wait, or it did not start."""
+    def launch(self, wanted: Wanted) -> EnclaveHandle:
+        """A new enclave that listens. UnavailableError: `no-capacity` with the time to wait, or it did not start;
+        RefusedError "attestation": no enclave that this launcher can start is one that the agreement accepts."""
 
     def find(self) -> list[EnclaveHandle]:
-        """The enclaves that are alive, those of a former coordinator included."""
+        """The enclaves that are alive, those of a former coordinator included; UnavailableError where that is not known."""
+
+    def alive(self, handle: EnclaveHandle) -> bool:
+        """False where it is certain that an enclave has ended."""
 
     def stop(self, handle: EnclaveHandle) -> None:
         """Ends an enclave and frees its place; nothing where it has ended."""
+
+    def close(self) -> None:
+        """Ends launches that are under way, with UnavailableError; enclaves live on."""
 
 
 class LocalLauncher:
     """Enclaves as detached processes, one folder each: `enclave.sock`, `enclave.pid`, `nsm.pid` and `handle.json`.
 
-    The command of the configuration makes them; `most` may run at a time.
+    The command of the configuration makes them; `most` may run at a time. It simulates or emulates the platform, so only
+    agreements that say `simulated` can be served; the enclave itself refuses the others.
     """
 
     def __init__(self, config: Local, most: int) -> None:
         self._config = config
         self._most = most
         self._lock = threading.Lock()
+        self._images = Images(now_ms)
         longest = len(os.fsencode(config.folder / "00000000" / "enclave.sock"))
         if longest > SOCKET_PATH_BYTES:
             raise ConfigError(
-                f"launcher.local.folder: {config.folder} makes sockets' paths of {longest} bytes; at most {SOCKET_PATH_BYTES}"
+                f"{config.section}.folder: {config.folder} makes sockets' paths of {longest} bytes;"
+                f" at most {SOCKET_PATH_BYTES}"
             )
         config.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def launch(self, agreement: bytes) -> EnclaveHandle:
+    def launch(self, wanted: Wanted) -> EnclaveHandle:
+        if self._config.image is not None:
+            self._images.check(self._config.image, f"{self._config.section}.image", wanted)
         with self._lock:
             if len(self._alive()) >= self._most:
-                raise UnavailableError(
-                    f"all {self._most} enclaves of this coordinator are in use",
-                    code="no-capacity",
-                    retry_after_ms=RETRY_MS,
-                )
+                raise no_capacity(self._most)
             folder = self._config.folder / secrets.token_hex(4)
             folder.mkdir(mode=0o700)
-            (folder / "handle.json").write_text(json.dumps({"agreement": agreement.hex()}), encoding="utf-8")
-            handle = EnclaveHandle(folder.name, agreement, f"unix:{folder / 'enclave.sock'}")
+            (folder / "handle.json").write_text(json.dumps({"agreement": wanted.digest.hex()}), encoding="utf-8")
+            handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
             try:
-                self._start(folder, agreement)
+                self._start(folder, wanted.digest)
             except BaseException:
                 self._stop(handle)
                 raise
@@ -87,9 +105,15 @@ class LocalLauncher:
         with self._lock:
             return self._alive()
 
+    def alive(self, handle: EnclaveHandle) -> bool:
+        return _listens(self._config.folder / handle.id)
+
     def stop(self, handle: EnclaveHandle) -> None:
         with self._lock:
             self._stop(handle)
+
+    def close(self) -> None:
+        """Nothing: a launch has its time from the configuration, and is not given up halfway."""
 
     def _start(self, folder: Path, agreement: bytes) -> None:
         command = [*self._config.command, "--dir", str(folder), "--agreement-hint", agreement.hex()]

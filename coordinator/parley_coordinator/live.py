@@ -652,6 +652,10 @@ class Live:
         except relay.GoneError:
             self.lose("lost")
         except UnavailableError as error:
+            # What is not there any more need not answer with a refusal: a vsock whose machine is gone is silent.
+            if not self._world.launcher.alive(self._handle):
+                self.lose("lost")
+                return
             log.warning("enclave-no-status", session=log.short(self._session), code=error.code)
 
     def _gone_or(self, end: float) -> None:

@@ -1,11 +1,14 @@
 """The channel to an enclave: one connection for each operation, and the `Serve` connections on which the enclave asks.
 
-What the enclave pulls goes from the file to the socket in the kernel. An address is `unix:PATH`.
+What the enclave pulls goes from the file to the socket in the kernel. An address is `unix:PATH` or `vsock:CID:PORT`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import re
 import socket
 import struct
 import threading
@@ -23,6 +26,11 @@ from parley_protocol.v1 import enclave_pb2 as pb
 
 CONNECT_S: Final = 10.0
 _LENGTHS: Final = struct.Struct(">II")
+_VSOCK: Final = re.compile(r"vsock:([0-9]{1,10}):([0-9]{1,10})")
+_VSOCK_CONNECT_TIMEOUT: Final = 6
+"""SO_VM_SOCKETS_CONNECT_TIMEOUT of <linux/vm_sockets.h>, which `socket` does not name."""
+_RESETS: Final = 3
+_RESET_PAUSE_S: Final = 0.1
 _PART: Final = 1 << 20
 _READERS: Final = 256
 """Open files of one Serve connection: 17 parties with several tables each."""
@@ -36,21 +44,61 @@ class GoneError(UnavailableError):
 
 
 def connect(address: str, timeout_s: float = CONNECT_S) -> socket.socket:
-    """A connection to an enclave; GoneError where nothing listens there."""
-    scheme, _, path = address.partition(":")
-    if scheme != "unix":
+    """A connection to an enclave, whose operations time out after `timeout_s`.
+
+    GoneError where nothing listens at the address; UnavailableError where that is not known, as when time runs out.
+    ValueError where the address is none.
+    """
+    if address.startswith("unix:"):
+        return _connect(socket.AF_UNIX, address.removeprefix("unix:"), timeout_s)
+    cid, port = vsock_address(address)
+    for left in reversed(range(_RESETS)):
+        try:
+            return _connect(socket.AF_VSOCK, (cid, port), timeout_s)
+        except GoneError as error:
+            # A reset comes from a port where nothing listens, and as well from a listener whose queue is full.
+            if not left or not isinstance(error.__cause__, ConnectionResetError):
+                raise
+        time.sleep(_RESET_PAUSE_S)
+    raise AssertionError("unreachable")
+
+
+def vsock_address(address: str) -> tuple[int, int]:
+    """(CID, port) of an address `vsock:CID:PORT`; ValueError for all else."""
+    match = _VSOCK.fullmatch(address)
+    if match is None or not all(int(number) < socket.VMADDR_CID_ANY for number in match.groups()):
         raise ValueError(f"{address}: not an address of an enclave")
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(timeout_s)
+    return int(match[1]), int(match[2])
+
+
+def _connect(family: int, where: str | tuple[int, int], timeout_s: float) -> socket.socket:
     try:
-        connection.connect(path)
-    except (ConnectionRefusedError, FileNotFoundError) as error:
-        connection.close()
-        raise GoneError("the enclave does not listen") from error
+        connection = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UnavailableError(f"this machine has no such sockets: {error.strerror}") from error
+    try:
+        connection.settimeout(timeout_s)
+        if family == socket.AF_VSOCK:
+            _connect_timeout(connection, timeout_s)
+        connection.connect(where)
     except OSError as error:
         connection.close()
+        # ENODEV: no machine has this CID, or this one no vsock device. ECONNRESET: the answer of a vsock without listener.
+        gone = (errno.ECONNREFUSED, errno.ENOENT, errno.ENODEV, errno.ECONNRESET)
+        if error.errno in gone:
+            raise GoneError("the enclave does not listen") from error
         raise UnavailableError(f"the enclave does not take a connection: {error}") from error
     return connection
+
+
+def _connect_timeout(connection: socket.socket, seconds: float) -> None:
+    """Lets a vsock take so long to connect; the kernel's own limit is 2 seconds, less than an enclave under load may take."""
+    whole, rest = divmod(seconds, 1)
+    # Python gives a vsock's options 8 bytes and this one has 16: so a second object, which thinks that it is another kind.
+    other = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(connection.fileno()))
+    with other:
+        limit = struct.pack("ll", int(whole), int(rest * 1e6))
+        other.setsockopt(socket.AF_VSOCK, _VSOCK_CONNECT_TIMEOUT, limit)
 
 
 class Channel:

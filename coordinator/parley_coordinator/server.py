@@ -21,8 +21,9 @@ from parley_coordinator.clock import now_ms
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.events import Bell, Events
 from parley_coordinator.inbox import Inbox
-from parley_coordinator.launcher import LocalLauncher
+from parley_coordinator.launcher import Launcher, LocalLauncher
 from parley_coordinator.live import World
+from parley_coordinator.nitro import NitroLauncher
 from parley_coordinator.releases import Releases
 from parley_coordinator.service import Parts, Service
 from parley_coordinator.sessions import Sessions
@@ -41,13 +42,24 @@ JOINS: Final = 64
 SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
 
-async def serve(config: Config) -> None:
-    """Runs until SIGTERM or SIGINT. ConfigError where it cannot start."""
+def launcher_of(config: Config) -> Launcher:
+    """The launcher that a configuration names; ConfigError where it cannot be."""
+    if config.launcher == "nitro":
+        return NitroLauncher(config.nitro, config.enclaves, now_ms)
+    return LocalLauncher(config.qemu if config.launcher == "qemu" else config.local, config.enclaves)
+
+
+async def serve(config: Config, launcher: Launcher | None = None) -> None:
+    """Runs until SIGTERM or SIGINT, with this launcher or the one that the configuration names.
+
+    ConfigError where it cannot start; UnavailableError where its enclaves cannot be found again, whose sessions would
+    otherwise be given up.
+    """
     certificate, key = _read(config.certificate, "tls.certificate"), _read(config.key, "tls.key")
     callers = Callers(tls.server_digest(certificate))
     store = Store(config.database)
     blobs = Directory(config.blobs)
-    world = World(store, blobs, LocalLauncher(config.local, config.enclaves), config.deadlines, now_ms)
+    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms)
     sessions = Sessions(world)
     loop = asyncio.get_running_loop()
     bell = Bell(loop)
@@ -93,6 +105,7 @@ async def serve(config: Config) -> None:
     log.info("stopping")
     await healths.enter_graceful_shutdown()
     service.stop()
+    world.launcher.close()
     await server.stop(config.grace_s)
     await loop.run_in_executor(quick, sessions.close)
     for pool in (joins, long, quick):

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from parley_coordinator import live, log
 from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed
+from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle
 from parley_coordinator.live import Live, World
 from parley_coordinator.models import (
@@ -129,10 +130,12 @@ class Sessions:
             return row.number
 
     def _launch(self, number: int, agreement: AgreementRow) -> None:
-        handle = next((found for found in self._world.launcher.find() if found.agreement == agreement.digest), None)
+        handle = None
         try:
+            living = self._world.launcher.find()
+            handle = next((found for found in living if found.agreement == agreement.digest), None)
             if handle is None:
-                handle = self._world.launcher.launch(agreement.digest)
+                handle = self._world.launcher.launch(Wanted.of(parsed(agreement.canonical)))
             serves = live.begin(self._world, number, agreement, handle, secrets.token_bytes(NONCE_BYTES))
         except UnavailableError as error:
             live.lose(self._world, number, error.code)

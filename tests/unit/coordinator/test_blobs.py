@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,39 @@ def test_a_kill_in_the_middle_of_writing_keeps_what_was_synced(tmp_path: Path) -
     writer.sync()
     writer.close()
     assert Directory(tmp_path).reader("upload-1").read(0, 2000) == b"s" * 1000 + b"u"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_range_is_sent_without_the_kernels_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    blobs = Directory(tmp_path)
+    data = os.urandom(3 << 20)
+    blobs.put("bundle-1", [data])
+
+    def none(*arguments: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "sendfile", none)
+    here, there = socket.socketpair()
+    reader = blobs.reader("bundle-1")
+    with here, there:
+        thread = threading.Thread(target=reader.send, args=(here, 7, len(data) - 9))
+        thread.start()
+        received = b""
+        while len(received) < len(data) - 9:
+            received += there.recv(1 << 20)
+        thread.join()
+        assert received == data[7:-2]
+        with pytest.raises(OSError, match="ended while it was sent"):
+            reader.send(here, len(data), 1)
+    reader.close()
+
+
+def test_a_connection_that_breaks_is_an_error(tmp_path: Path) -> None:
+    blobs = Directory(tmp_path)
+    blobs.put("bundle-1", [b"abc"])
+    here, there = socket.socketpair()
+    there.close()
+    reader = blobs.reader("bundle-1")
+    with here, pytest.raises(BrokenPipeError):
+        reader.send(here, 0, 3)
+    reader.close()

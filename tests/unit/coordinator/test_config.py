@@ -9,6 +9,7 @@ import pytest
 
 from parley_coordinator import config
 from parley_coordinator.config import ConfigError
+from parley_protocol.framing import ENCLAVE_PORT
 
 
 def test_the_template_is_the_default(tmp_path: Path) -> None:
@@ -44,7 +45,18 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
         ("[quota]\nbytes_per_member = true", "quota.bytes_per_member"),
         ("[deadline]\nstatus_s = 0", "deadline.status_s"),
         ("[log]\nlevel = 'loud'", "log.level: 'loud' is none of"),
-        ("[launcher]\nkind = 'cloud'", "launcher.kind"),
+        ("[launcher]\nkind = 'cloud'", "launcher.kind: 'cloud' is none of: local, qemu, nitro"),
+        ("[launcher.qemu]\naccel = 'hax'", "launcher.qemu.accel: 'hax' is none of: auto, kvm, tcg"),
+        ("[launcher.qemu]\nmemory = 5", "launcher.qemu.memory: no such field"),
+        ("[launcher.qemu]\ncommand = ['x']\ncpus = 2", "launcher.qemu.cpus: no such field"),
+        ("[launcher.nitro]\nmemory_mib = 63", "launcher.nitro.memory_mib: not a whole number from 64"),
+        ("[launcher.nitro]\ncpus = 0", "launcher.nitro.cpus: not a whole number from 1"),
+        ("[launcher.nitro]\ncpus = 2.0", "launcher.nitro.cpus"),
+        ("[launcher.nitro]\ndebug = 'no'", "launcher.nitro.debug: neither true nor false"),
+        ("[launcher.nitro]\nname = 'Parley_1'", "launcher.nitro.name: 'Parley_1' does not match"),
+        ("[launcher.nitro]\nattempts = 0", "launcher.nitro.attempts"),
+        ("[launcher.nitro]\nimage = ''", "launcher.nitro.image: not a text"),
+        ("[launcher.nitro]\nroot = 'r'", "launcher.nitro.root: no such field"),
         ("[launcher.local]\ncommand = 'x'", "launcher.local.command: not a list"),
         ("reflection = 'yes'", "reflection: neither true nor false"),
         ("a = [", "c.toml"),
@@ -60,3 +72,24 @@ def test_a_wrong_field_is_named(tmp_path: Path, text: str, field: str) -> None:
 def test_no_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml"):
         config.load(tmp_path / "none.toml")
+
+
+def test_the_emulator_is_told_its_image_and_its_root(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[launcher]\nkind = 'qemu'\n[launcher.qemu]\nimage = 'i.eif'\ncpus = 3\naccel = 'tcg'\n")
+    found = config.load(path)
+    command = list(found.qemu.command)
+    assert found.launcher == "qemu" and found.qemu.image == tmp_path / "i.eif"
+    assert command[1:3] == ["-m", "parley_deploy.emulator"]
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options == {
+        "--image": str(tmp_path / "i.eif"),
+        "--root": str(tmp_path / "root"),
+        "--memory-mib": "2048",
+        "--cpus": "3",
+        "--accel": "tcg",
+    }
+
+
+def test_the_port_of_an_enclave_is_the_images(tmp_path: Path) -> None:
+    assert config.defaults(tmp_path).nitro.port == ENCLAVE_PORT

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from parley_coordinator.config import ConfigError, Local
+from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle, LocalLauncher
-from parley_protocol.errors import UnavailableError
+from parley_protocol.errors import RefusedError, UnavailableError
 from support.enclave import until
+from support.nitro_host import tiny_image
 
 # Daemonises like the real one: two forks, a listener, pid files, the folder in its command line.
 SCRIPT = """
@@ -37,6 +39,11 @@ if os.fork() == 0:
 os.read(ready, 1)
 """
 FIRST, SECOND = b"1" * 48, b"2" * 48
+
+
+def wanted(digest: bytes) -> Wanted:
+    # Where no image is configured none is compared: the enclave itself refuses the agreement.
+    return Wanted(digest, True, ())
 
 
 @pytest.fixture
@@ -66,24 +73,24 @@ def alive(pid: int) -> bool:
 def test_enclaves_are_found_by_another_launcher(
     launcher: LocalLauncher, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    handle = launcher.launch(FIRST)
+    handle = launcher.launch(wanted(FIRST))
     assert handle.agreement == FIRST
     assert handle.address == f"unix:{tmp_path / 'e' / handle.id / 'enclave.sock'}"
     assert LocalLauncher(Local(command, tmp_path / "e"), 2).find() == [handle]
 
 
 def test_no_more_than_there_is_capacity_for(launcher: LocalLauncher) -> None:
-    handles = [launcher.launch(FIRST), launcher.launch(SECOND)]
+    handles = [launcher.launch(wanted(FIRST)), launcher.launch(wanted(SECOND))]
     with pytest.raises(UnavailableError) as caught:
-        launcher.launch(FIRST)
+        launcher.launch(wanted(FIRST))
     assert caught.value.code == "no-capacity"
     assert caught.value.retry_after_ms is not None
     launcher.stop(handles[0])
-    assert launcher.launch(FIRST).agreement == FIRST
+    assert launcher.launch(wanted(FIRST)).agreement == FIRST
 
 
 def test_stopping_ends_the_process_and_its_folder(launcher: LocalLauncher, tmp_path: Path) -> None:
-    handle = launcher.launch(FIRST)
+    handle = launcher.launch(wanted(FIRST))
     pid = pid_of(tmp_path, handle)
     launcher.stop(handle)
     launcher.stop(handle)
@@ -93,16 +100,16 @@ def test_stopping_ends_the_process_and_its_folder(launcher: LocalLauncher, tmp_p
 
 
 def test_a_dead_enclave_is_not_found_and_frees_its_place(launcher: LocalLauncher, tmp_path: Path) -> None:
-    dead, other = launcher.launch(FIRST), launcher.launch(SECOND)
+    dead, other = launcher.launch(wanted(FIRST)), launcher.launch(wanted(SECOND))
     pid = pid_of(tmp_path, dead)
     os.kill(pid, 9)
     until(lambda: not alive(pid))
     assert launcher.find() == [other]
-    assert launcher.launch(FIRST).id != dead.id
+    assert launcher.launch(wanted(FIRST)).id != dead.id
 
 
 def test_a_number_that_is_now_another_process_is_left_alone(launcher: LocalLauncher, tmp_path: Path) -> None:
-    handle = launcher.launch(FIRST)
+    handle = launcher.launch(wanted(FIRST))
     os.kill(pid_of(tmp_path, handle), 9)
     for name in ("enclave.pid", "nsm.pid"):
         (tmp_path / "e" / handle.id / name).write_text(str(os.getpid()))
@@ -115,7 +122,7 @@ def test_what_does_not_start_is_unavailable_and_leaves_nothing(tmp_path: Path, c
     for broken in commands:
         launcher = LocalLauncher(Local(broken, tmp_path / "e"), 2)
         with pytest.raises(UnavailableError) as caught:
-            launcher.launch(FIRST)
+            launcher.launch(wanted(FIRST))
         assert caught.value.code == "unavailable"
         assert list((tmp_path / "e").iterdir()) == []
 
@@ -129,3 +136,40 @@ def test_foreign_folders_are_no_enclaves(launcher: LocalLauncher, tmp_path: Path
     (tmp_path / "e" / "notes").mkdir()
     assert launcher.find() == []
     assert (tmp_path / "e" / "notes").exists()
+
+
+def test_an_enclave_is_alive_until_it_ends(launcher: LocalLauncher, tmp_path: Path) -> None:
+    handle = launcher.launch(wanted(FIRST))
+    assert launcher.alive(handle)
+    os.kill(pid_of(tmp_path, handle), 9)
+    until(lambda: not launcher.alive(handle))
+
+
+def test_an_emulated_image_must_be_one_of_the_agreement(tmp_path: Path, command: tuple[str, ...]) -> None:
+    measured = tiny_image(tmp_path / "i.eif")
+    launcher = LocalLauncher(Local(command, tmp_path / "e", image=tmp_path / "i.eif", section="launcher.qemu"), 2)
+    handle = launcher.launch(Wanted(FIRST, True, (measured,)))
+    assert launcher.find() == [handle]
+    launcher.stop(handle)
+    # Another image under the same name is read anew.
+    tiny_image(tmp_path / "i.eif", b"other")
+    with pytest.raises(RefusedError, match=r"i\.eif") as caught:
+        launcher.launch(Wanted(FIRST, True, (measured,)))
+    assert caught.value.code == "attestation" and launcher.find() == []
+
+
+@pytest.mark.parametrize(("content", "code"), [(None, "unavailable"), (b"#!/bin/sh", "attestation")])
+def test_an_emulated_image_that_is_none_is_not_started(
+    tmp_path: Path, command: tuple[str, ...], content: bytes | None, code: str
+) -> None:
+    if content is not None:
+        (tmp_path / "i.eif").write_bytes(content)
+    launcher = LocalLauncher(Local(command, tmp_path / "e", image=tmp_path / "i.eif", section="launcher.qemu"), 2)
+    with pytest.raises((RefusedError, UnavailableError), match=r"i\.eif") as caught:
+        launcher.launch(wanted(FIRST))
+    assert caught.value.code == code and launcher.find() == []
+
+
+def test_the_socket_path_of_the_emulator_is_bounded_too(tmp_path: Path, command: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.qemu\.folder"):
+        LocalLauncher(Local(command, tmp_path / ("x" * 80), section="launcher.qemu"), 2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -217,3 +220,105 @@ def test_a_serve_connection_that_ends_is_opened_again(play: Callable[[Script], S
         until(lambda: enclave.connections >= 3, 10)
     finally:
         server.close()
+
+
+class PlayedSocket(socket.socket):
+    """A vsock whose `connect` ends as it is told: what a parent answers cannot be had on every machine."""
+
+    ends: ClassVar[list[OSError | None]] = []
+    where: ClassVar[list[object]] = []
+
+    def connect(self, address: Any, /) -> None:
+        PlayedSocket.where.append(address)
+        end = PlayedSocket.ends.pop(0)
+        if end is not None:
+            raise end
+
+
+@pytest.fixture
+def vsock(monkeypatch: pytest.MonkeyPatch) -> type[PlayedSocket]:
+    PlayedSocket.ends, PlayedSocket.where = [], []
+    monkeypatch.setattr(relay.socket, "socket", PlayedSocket)
+    return PlayedSocket
+
+
+def _errno(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+needs_vsock = pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="this system has no vsock")
+
+
+@needs_vsock
+def test_a_vsock_is_connected_with_time_for_an_enclave_under_load(vsock: type[PlayedSocket]) -> None:
+    vsock.ends[:] = [None]
+    with relay.connect("vsock:16:5005", 7.5) as connection:
+        assert (connection.family, connection.type) == (socket.AF_VSOCK, socket.SOCK_STREAM)
+        assert connection.gettimeout() == 7.5
+        # SO_VM_SOCKETS_CONNECT_TIMEOUT: the kernel gives up after 2 seconds otherwise, whatever the socket's timeout.
+        same = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(connection.fileno()))
+        with same:
+            assert struct.unpack("ll", same.getsockopt(socket.AF_VSOCK, 6, 16)) == (7, 500_000)
+    assert vsock.where == [(16, 5005)]
+
+
+@needs_vsock
+@pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.ENODEV])
+def test_a_vsock_where_no_machine_is_is_gone(vsock: type[PlayedSocket], number: int) -> None:
+    vsock.ends[:] = [_errno(number)]
+    with pytest.raises(relay.GoneError):
+        relay.connect("vsock:16:5005")
+    assert len(vsock.where) == 1
+
+
+@needs_vsock
+def test_a_vsock_that_resets_may_have_a_full_queue(vsock: type[PlayedSocket]) -> None:
+    vsock.ends[:] = [_errno(errno.ECONNRESET), _errno(errno.ECONNRESET), None]
+    relay.connect("vsock:16:5005").close()
+    vsock.ends[:] = [_errno(errno.ECONNRESET)] * 3
+    with pytest.raises(relay.GoneError):
+        relay.connect("vsock:16:5005")
+    assert len(vsock.where) == 6
+
+
+@needs_vsock
+@pytest.mark.parametrize("end", [TimeoutError("timed out"), _errno(errno.ETIMEDOUT), _errno(errno.ENOMEM)])
+def test_a_vsock_that_does_not_answer_is_not_gone(vsock: type[PlayedSocket], end: OSError) -> None:
+    vsock.ends[:] = [end]
+    with pytest.raises(UnavailableError) as caught:
+        relay.connect("vsock:16:5005")
+    assert not isinstance(caught.value, relay.GoneError)
+
+
+@needs_vsock
+def test_the_kernels_own_answer_for_the_machine_itself() -> None:
+    # Nothing listens at this port of the host, or there is no vsock device at all: both are told at once.
+    with pytest.raises(UnavailableError):
+        relay.connect(f"vsock:{socket.VMADDR_CID_HOST}:4294967294", 2.0)
+
+
+def test_a_machine_without_vsock_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*arguments: Any) -> socket.socket:
+        raise _errno(errno.EAFNOSUPPORT)
+
+    monkeypatch.setattr(relay.socket, "socket", none)
+    with pytest.raises(UnavailableError, match="no such sockets"):
+        relay.connect("vsock:16:5005")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "tcp:127.0.0.1:1",
+        "vsock:16",
+        "vsock::5005",
+        "vsock:-1:5",
+        "vsock:16:5005:1",
+        "vsock:4294967295:5",
+        "vsock:1:99999999999",
+    ],
+)
+def test_what_is_no_address_is_a_mistake(address: str) -> None:
+    with pytest.raises(ValueError, match="not an address"):
+        relay.connect(address)
