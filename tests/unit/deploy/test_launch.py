@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from parley_deploy import enclave
+from parley_deploy import detached, enclave
 from parley_deploy.pki import LocalRoot
 
 
@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_it_returns_when_the_enclave_listens_and_leaves_it_running(folder: Path) -> None:
     assert launch(folder).returncode == 0
-    assert enclave.listens(folder / "one" / "enclave.sock")
+    assert detached.listens(folder / "one" / "enclave.sock")
     assert len(pids(folder / "one")) == 2
 
 
@@ -91,7 +91,7 @@ def test_both_end_together(folder: Path, name: str) -> None:
     os.kill(int((folder / "one" / name).read_text()), signal.SIGKILL)
     until(lambda: not any(map(alive, both)))
     # The last thread of a killed process closes its files after the first is gone.
-    until(lambda: not enclave.listens(folder / "one" / "enclave.sock"))
+    until(lambda: not detached.listens(folder / "one" / "enclave.sock"))
 
 
 def test_it_ends_in_order_on_sigterm_and_starts_again(folder: Path) -> None:
