@@ -81,6 +81,10 @@ class Simulation:
     def __init__(self, folder: Path, *, workers: int = 1) -> None:
         self.folder = folder
         self.workers = workers
+        self.command = [sys.executable]
+        """What starts the interpreter."""
+        self.arguments: list[str] = []
+        """More of what the enclave is told."""
         self.ahead_ms = 0
         """How far the module's clock is ahead of this machine's."""
         self.root = LocalRoot.create(system_now_ms())
@@ -112,11 +116,12 @@ class Simulation:
         nsm_path = self.folder / f"nsm{self._boots}.sock"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(nsm_path))
+        nsm_path.chmod(0o600)
         listener.listen(4)
         self._nsm_listener = listener
         threading.Thread(target=self._answer, args=(listener, self.nsm), daemon=True).start()
-        command = [sys.executable, "-P", "-m", "parley_enclave", "--listen", f"unix:{self.path}"]
-        command += ["--nsm", f"unix:{nsm_path}", "--workers", str(self.workers)]
+        command = [*self.command, "-P", "-m", "parley_enclave", "--listen", f"unix:{self.path}"]
+        command += ["--nsm", f"unix:{nsm_path}", "--workers", str(self.workers), *self.arguments]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
         until(lambda: self._listens() or self.process is None or self.process.poll() is not None)

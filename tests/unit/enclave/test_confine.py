@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import site
 import socket
 import struct
 import subprocess
@@ -18,43 +16,15 @@ from typing import Any
 
 import pytest
 
-import parley_enclave
-import parley_protocol
 from parley_enclave import confine
 from parley_enclave.pool import Pool, Task, WorkerError
 from parley_protocol import limits
-
-UID = 61234
-"""A uid that nobody has."""
-
-_SEES = "import numpy, cryptography, cbor2, parley_enclave.worker"
-
-
-def _path() -> str:
-    roots = [str(Path(package.__path__[0]).parent) for package in (parley_enclave, parley_protocol)]
-    return os.pathsep.join([*roots, *site.getsitepackages()])
+from support.uids import UID, interpreter, search_path
 
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """An interpreter of this version that another user may run, with the packages of this one."""
-    if os.geteuid() != 0:
-        pytest.skip("NOT TESTED: workers under another uid can only be started by root")
-    for candidate in (
-        sys.executable,
-        shutil.which(f"python3.{sys.version_info.minor}", path="/usr/bin:/usr/local/bin"),
-    ):
-        if candidate is not None:
-            arguments = [candidate, "-P", "-s", "-B", "-c", _SEES]
-            try:
-                seen = subprocess.run(
-                    arguments, user=UID, group=UID, extra_groups=[], cwd="/", env={"PYTHONPATH": _path()}, check=False
-                )
-            except PermissionError:
-                continue
-            if seen.returncode == 0:
-                return candidate
-    pytest.skip("NOT TESTED: no interpreter that another user may run sees the packages of this one")
+    return interpreter()
 
 
 _PROBE = """
@@ -137,7 +107,7 @@ def sibling(python: str) -> Iterator[int]:
 
 
 def _as_worker() -> dict[str, Any]:
-    return {"user": UID, "group": UID, "extra_groups": [], "cwd": "/", "env": {"PYTHONPATH": _path()}}
+    return {"user": UID, "group": UID, "extra_groups": [], "cwd": "/", "env": {"PYTHONPATH": search_path()}}
 
 
 def _probe(python: str, secret: Path, sibling: int, *words: str) -> dict[str, object]:
@@ -177,7 +147,7 @@ def test_without_confinement_most_of_that_would_be_done(python: str, sibling: in
 
 def test_a_pool_under_another_uid_works_and_ends_its_workers(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", python)
-    monkeypatch.setenv("PYTHONPATH", _path())
+    monkeypatch.setenv("PYTHONPATH", search_path())
     pool = Pool(1, UID)
     try:
         theirs, ours = socket.socketpair()
