@@ -3,7 +3,7 @@
     python nitro_cli.py --host DIR run-enclave|describe-enclaves|terminate-enclave ...
 
 DIR/host.json plays the parent: `memory_mib` and `cpus` of the allocator, and `enclave`, which says what boots: `listener` (a
-socket that takes connections), `simulated` (`python -m parley_deploy.enclave` with `root`), `deaf` (a process that does not
+socket that takes connections), `simulated` (`python -m parley_deploy.enclave` with the `arguments`), `deaf` (a process that does not
 listen) or `dies` (no heartbeat). `next` is a list of what the next calls of run-enclave do in place of this. An enclave with
 CID n stands in DIR/n, where enclave.sock is its vsock port. Like the real one's, its process lives on detached, and when it
 ends the enclave is no longer listed.
@@ -170,18 +170,8 @@ class Host:
     def process(self, place: Path, kind: str) -> int:
         """A detached process that is the enclave; its number."""
         if kind == "simulated":
-            command = [
-                sys.executable,
-                "-m",
-                "parley_deploy.enclave",
-                "--dir",
-                str(place),
-                "--root",
-                self.played["root"],
-            ]
-            subprocess.run(
-                [*command, "--workers", "1"], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
+            command = [sys.executable, "-m", "parley_deploy.enclave", "--dir", str(place), *self.played["arguments"]]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             return int((place / "nsm.pid").read_text())
         ready, tell = os.pipe()
         if (pid := os.fork()) == 0:

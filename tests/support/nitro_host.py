@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from parley_protocol import measurement
 from parley_protocol.agreement.model import Measurement
+from parley_protocol.framing import ENCLAVE_PORT
 from support.nitro_cli import alive
 
 STAND_IN = Path(__file__).with_name("nitro_cli.py")
@@ -45,6 +46,12 @@ def tiny_image(path: Path, kernel: bytes = b"kernel", size: int = 64) -> Measure
     return Measurement(pcrs[0], pcrs[1], pcrs[2])
 
 
+def address(host: Path, cid: int, port: int) -> str:
+    """Where the vsock port of an enclave on a played parent is."""
+    assert port == ENCLAVE_PORT
+    return f"unix:{host}/{cid}/enclave.sock"
+
+
 class NitroHost:
     """A played parent; `set` changes what it does next (`nitro_cli.Host`)."""
 
@@ -60,8 +67,7 @@ class NitroHost:
 
     def address(self, cid: int, port: int) -> str:
         """Where a played enclave's vsock port is."""
-        assert port > 0
-        return f"unix:{self.folder}/{cid}/enclave.sock"
+        return address(self.folder, cid, port)
 
     def set(self, **fields: Any) -> None:
         """Changes fields of host.json."""
@@ -95,6 +101,11 @@ class NitroHost:
         arguments = ["run-enclave", "--eif-path", str(image), "--memory", "128", "--cpu-count", "2"]
         subprocess.run([*self.command, *arguments, "--enclave-name", "somebody"], check=True, capture_output=True)
         return "somebody"
+
+    def terminate(self, name: str) -> None:
+        """Ends an enclave with nitro-cli, as the operator may at any time."""
+        (found,) = [one["EnclaveID"] for one in self.described() if one["EnclaveName"] == name]
+        subprocess.run([*self.command, "terminate-enclave", "--enclave-id", found], check=True, capture_output=True)
 
     def end(self) -> None:
         """Ends all that runs."""
