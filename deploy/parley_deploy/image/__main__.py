@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from parley_deploy.debian import Archive, DebianError
 from parley_deploy.image import contents, eif
-from parley_deploy.image.build import IMAGE, MEASUREMENTS, Inputs, build
+from parley_deploy.image.build import IMAGE, MEASUREMENTS, Inputs, build, replaced
 from parley_deploy.image.errors import ImageError
 from parley_deploy.image.lock import PACKAGES, REQUIREMENTS, WHEELS, Lock, fetch_wheels, newest, newest_wheels
 from parley_deploy.pki import system_now_ms
@@ -90,20 +89,19 @@ def _build(options: argparse.Namespace) -> int:
 def _lock(options: argparse.Namespace) -> int:
     lock = newest(_archive(options.cache.resolve()))
     wheels = newest_wheels(HERE / REQUIREMENTS)
-    _write(HERE / PACKAGES, lock.text())
-    _write(HERE / WHEELS, wheels)
+    for name, text in ((PACKAGES, lock.text()), (WHEELS, wheels)):
+        with replaced(HERE / name) as out:
+            out.write(text.encode())
     return 0
 
 
 def _sign(options: argparse.Namespace) -> int:
     signer = _signer(options)
     assert signer is not None
-    part = options.out.with_name(f"{options.out.name}.part")
-    with options.image.open("rb") as image, part.open("w+b") as out:
+    with options.image.open("rb") as image, replaced(options.out) as out:
         eif.sign(image, out, signer)
         out.seek(0)
         signed: Image = measure(out)
-    part.replace(options.out)
     sys.stdout.write(measurements_json(signed.pcrs))
     return 0
 
@@ -124,12 +122,6 @@ def _signer(options: argparse.Namespace) -> eif.Signer | None:
 
 def _archive(cache: Path) -> Archive:
     return Archive(cache / "debian", [contents.SUITE])
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

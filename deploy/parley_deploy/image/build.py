@@ -13,12 +13,12 @@ import hashlib
 import importlib.metadata
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import BinaryIO, Final
 
 from parley_deploy.debian import unpack
 from parley_deploy.image import contents, cpio, eif, kernel, sandbox
@@ -91,33 +91,48 @@ def build(inputs: Inputs, out: Path, work: Path, *, signer: eif.Signer | None = 
     ramdisks = [_ramdisk(root, part, work / f"ramdisk{number}") for number, part in enumerate((others, mine))]
     say("image")
     out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{IMAGE}.part"
-    with ExitStack() as stack, part.open("w+b") as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(replaced(out / IMAGE))
         parts = [eif.Part.whole(stack.enter_context(path.open("rb"))) for path in (vmlinuz, *ramdisks)]
-        metadata = eif.metadata(
-            "parley",
-            importlib.metadata.version("parley"),
-            built=BUILT,
-            tool="parley_deploy.image",
-            tool_version=importlib.metadata.version("parley"),
-            system=f"Debian {contents.SUITE}",
-            kernel_version=inputs.lock.release,
-        )
         eif.write(
             file,
             kernel=parts[0],
             cmdline=CMDLINE.encode("ascii"),
-            metadata=metadata,
+            metadata=_metadata(inputs.lock.release),
             ramdisks=parts[1:],
             signer=signer,
         )
         file.seek(0)
         image = measure(file)
-    (out / MANIFEST).write_text("".join(_manifest(root, names)), encoding="utf-8")
-    (out / MEASUREMENTS).write_text(measurements_json(image.pcrs), encoding="utf-8")
-    part.replace(out / IMAGE)
+        (out / MANIFEST).write_text("".join(_manifest(root, names)), encoding="utf-8")
+        (out / MEASUREMENTS).write_text(measurements_json(image.pcrs), encoding="utf-8")
     shutil.rmtree(work)
     return image
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when it is whole, and is gone when it is not."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w+b") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _metadata(release: str) -> bytes:
+    version = importlib.metadata.version("parley")
+    return eif.metadata(
+        "parley",
+        version,
+        built=BUILT,
+        tool="parley_deploy.image",
+        tool_version=version,
+        system=f"Debian {contents.SUITE}",
+        kernel_version=release,
+    )
 
 
 def _runtime(root: Path, debs: Iterable[Path]) -> None:
