@@ -70,3 +70,15 @@ def test_a_flipped_bit_anywhere_is_refused_or_measured(tmp_path: Path) -> None:
                 measure(file)
             file.seek(place)
             file.write(bytes([byte]))
+
+
+def test_the_page_lists_what_is_in_it() -> None:
+    page = (ROOT / "deploy/image/README.md").read_text()
+    rows = re.findall(r"^\| ([01]) \| `(/\S+)` \| (\d+) \| ([\d,]+) \|$", page, re.MULTILINE)
+    assert len(rows) == 12
+    files = [line.split() for line in IMAGE.with_name("manifest.txt").read_text().splitlines()]
+    for ramdisk, folder, count, size in rows:
+        # Wheels put what belongs to them beside their package: numpy.libs, numpy-2.4.6.dist-info, pydantic_core.
+        of = [line for line in files if line[0] == ramdisk and re.match(rf"{re.escape(folder)}(?:[/._-]|$)", line[4])]
+        assert len(of) == pytest.approx(int(count), rel=0.05), folder
+        assert sum(int(line[2]) for line in of) == pytest.approx(int(size.replace(",", "")), rel=0.05), folder
