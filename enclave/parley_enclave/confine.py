@@ -57,6 +57,10 @@ _REFUSED: Final = {
     "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
     "kill": (62, 129),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
     "unshare": (272, 97),
     "setns": (308, 268),
     "bpf": (321, 280),
@@ -65,7 +69,7 @@ _REFUSED: Final = {
     "keyctl": (250, 219),
     "io_uring_setup": (425, 425),
 }
-_CLONE, _CLONE3 = (56, 220), (435, 435)
+_CLONE, _CLONE3, _TGKILL = (56, 220), (435, 435), (234, 131)
 _CLONE_THREAD = 0x10000
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the tables, and AUDIT_ARCH_*."""
@@ -78,8 +82,8 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 """Offsets in struct seccomp_data; both machines are little-endian."""
 
 
-def program(machine: str) -> bytes:
-    """The filter of system calls in BPF: a list of what is refused, with EPERM; OSError for a machine that is not known."""
+def program(machine: str, pid: int) -> bytes:
+    """The filter of system calls of a process: what is refused, with EPERM, in BPF. OSError for an unknown machine."""
     if machine not in _MACHINES:
         raise OSError(errno.ENOSYS, f"no filter of system calls for {machine}")
     column, architecture = _MACHINES[machine]
@@ -99,6 +103,11 @@ def program(machine: str) -> bytes:
         if number is not None:
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
     code += [
+        # abort() signals the process itself.
+        (_EQUAL, 0, 3, _TGKILL[column]),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_EQUAL, 5, 0, pid),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
         # A thread may be made, a process may not.
         (_EQUAL, 0, 3, _CLONE[column]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
@@ -114,7 +123,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter(machine: str) -> None:
-    code = program(machine)
+    code = program(machine, os.getpid())
     passed = _Program(len(code) // 8, code)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(passed))
 

@@ -33,7 +33,8 @@ DISPATCH: Final = {
     "x86_64": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR", "OPENBLAS_CORETYPE": "Haswell"},
     "aarch64": {"NPY_DISABLE_CPU_FEATURES": "ASIMDFHM SVE", "OPENBLAS_CORETYPE": "NEOVERSEN1"},
 }
-"""Arithmetic as on every machine that runs enclaves, so that the same tables give the same bytes on all of them."""
+"""Which instructions numpy and BLAS choose: those that every host of enclaves has, so that the same tables give the same
+bytes on all of them. What is switched off and not there is no error."""
 WORKER_UID: Final = 1000
 WORKERS: Final = 64
 """parley_protocol.limits.WORKERS."""

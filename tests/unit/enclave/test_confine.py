@@ -44,6 +44,11 @@ def ptraced(pid):
         number = ctypes.get_errno()
         raise OSError(number, "ptrace")
 
+def signalled(pid, number):
+    if libc.tgkill(pid, pid, number) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, "tgkill")
+
 def written():
     with open("/tmp/written-by-a-worker", "xb") as file:
         os.unlink(file.name)
@@ -61,6 +66,8 @@ tries = {
     "memory of a sibling": lambda: open(f"/proc/{sibling}/mem", "rb"),
     "signal to the parent": lambda: os.kill(parent, 0),
     "signal to a sibling": lambda: os.kill(sibling, 0),
+    "signal to a thread of a sibling": lambda: signalled(sibling, 0),
+    "signal to itself": lambda: signalled(os.getpid(), 0),
     "ptrace": lambda: ptraced(sibling),
     "fork": forked,
     "spawn": vforked,
@@ -129,6 +136,7 @@ def test_a_worker_reads_nothing_of_others_starts_nothing_and_connects_to_nothing
     outcome = _probe(python, secret, sibling)
     assert outcome.pop("thread") == "done"
     assert outcome.pop("umask") == 0o077
+    assert outcome.pop("signal to itself") == "done"
     assert outcome.pop("secret") == errno.EACCES
     assert outcome.pop("memory of the parent") == errno.EACCES
     assert outcome.pop("memory of a sibling") == errno.EACCES
@@ -141,7 +149,7 @@ def test_a_worker_reads_nothing_of_others_starts_nothing_and_connects_to_nothing
 def test_without_confinement_most_of_that_would_be_done(python: str, sibling: int, tmp_path: Path) -> None:
     """The probe can succeed, so the test above can fail."""
     outcome = _probe(python, tmp_path / "none", sibling, "free")
-    for name in ("fork", "spawn", "unix", "write", "signal to a sibling"):
+    for name in ("fork", "spawn", "unix", "write", "signal to a sibling", "signal to a thread of a sibling"):
         assert outcome[name] == "done", name
 
 
@@ -201,7 +209,7 @@ _X86, _ARM = 0xC000003E, 0xC00000B7
 
 def _judge(machine: str, architecture: int, number: int, argument: int = 0) -> int:
     data = struct.pack("<IIQQ", number, architecture, 0, argument)
-    code = list(struct.iter_unpack("=HBBI", confine.program(machine)))
+    code = list(struct.iter_unpack("=HBBI", confine.program(machine, 4711)))
     place = loaded = 0
     while True:
         operation, yes, no, operand = code[place]
@@ -231,6 +239,11 @@ def _judge(machine: str, architecture: int, number: int, argument: int = 0) -> i
         ("x86_64", _X86, 56, 0x10000 | 0x100, _ALLOW),
         ("x86_64", _X86, 56, 17, _EPERM),
         ("x86_64", _X86, 435, 0, _ENOSYS),
+        ("x86_64", _X86, 234, 4711, _ALLOW),
+        ("x86_64", _X86, 234, 4712, _EPERM),
+        ("x86_64", _X86, 200, 4711, _EPERM),
+        ("aarch64", _ARM, 131, 4711, _ALLOW),
+        ("aarch64", _ARM, 131, 1, _EPERM),
         ("x86_64", _X86, 0x40000000, 0, _KILL),
         ("x86_64", _X86, 0x40000000 | 59, 0, _KILL),
         ("x86_64", 0x40000003, 11, 0, _KILL),
@@ -250,4 +263,4 @@ def test_the_filter_of_system_calls(machine: str, architecture: int, number: int
 
 def test_another_machine_has_no_filter_and_no_worker() -> None:
     with pytest.raises(OSError, match="riscv64"):
-        confine.program("riscv64")
+        confine.program("riscv64", 1)
