@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +37,6 @@ ACCELERATORS: Final = ("auto", "kvm", "tcg")
 BOOT_SECONDS: Final = 300
 """How long an image may take from power on to its first connection. TCG on an idle machine takes 10 s, on a busy one 40."""
 PAUSE_SECONDS: Final = 0.1
-STOP_SECONDS: Final = 5
 MEMORY_FACTOR: Final = 4
 """nitro-cli refuses an enclave whose memory is less than four times its image."""
 CONSOLE_BYTES: Final = 4 << 20
@@ -199,13 +197,9 @@ class Machine:
         """Ends QEMU first, then its devices."""
         if self._listener is not None:
             self._listener.close()
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            if self._qemu.poll() is None:
-                self._qemu.send_signal(sign)
-                try:
-                    self._qemu.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self._running.say(f"QEMU does not end on {sign.name}")
+        # Not SIGTERM: it would have QEMU ask the devices, which this thread is about to close.
+        self._qemu.kill()
+        self._qemu.wait()
         self._vsock.close()
         self._nsm.close()
         self._console.close()
