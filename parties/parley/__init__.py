@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from parley.connection import AgreementStatus, Connection, Event, InboxItem, connect
     from parley.contacts import Contact, Contacts
     from parley.files import Agreement
+    from parley.images import AcceptedImage, measure_file
     from parley.member import Member
     from parley.reading import PreparedTable, prepare
     from parley.release import Output, Release
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
         UnavailableError,
         VerificationError,
     )
+    from parley_protocol.measurement import Image
 
 __all__ = [
+    "AcceptedImage",
     "Agreement",
     "AgreementError",
     "AgreementStatus",
@@ -55,6 +58,7 @@ __all__ = [
     "Contacts",
     "DataError",
     "Event",
+    "Image",
     "InboxItem",
     "MalformedError",
     "Member",
@@ -75,12 +79,14 @@ __all__ = [
     "connect",
     "load_signed",
     "load_source",
+    "measure_file",
     "prepare",
     "restore",
     "save_signed",
 ]
 
 _WHERE: Final = {
+    "AcceptedImage": "parley.images",
     "Agreement": "parley.files",
     "AgreementError": "parley_protocol.errors",
     "AgreementStatus": "parley.connection",
@@ -89,6 +95,7 @@ _WHERE: Final = {
     "Contacts": "parley.contacts",
     "DataError": "parley_protocol.errors",
     "Event": "parley.connection",
+    "Image": "parley_protocol.measurement",
     "InboxItem": "parley.connection",
     "MalformedError": "parley_protocol.errors",
     "Member": "parley.member",
@@ -109,6 +116,7 @@ _WHERE: Final = {
     "connect": "parley.connection",
     "load_signed": "parley.agreements",
     "load_source": "parley.agreements",
+    "measure_file": "parley.images",
     "prepare": "parley.reading",
     "restore": "parley.backups",
     "save_signed": "parley.agreements",

@@ -18,6 +18,7 @@ from parley_protocol.agreement.schema import RANGED, Column, ColumnType, Table
 from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.agreement.source import Read, Tree, build
 from parley_protocol.errors import AgreementError, Problem
+from parley_protocol.measurement import MAGIC, measure, measurements_json
 
 YAML_BYTES: Final = 1 << 20
 """An agreement that people read; domains of a category that are longer stand in a values_file."""
@@ -31,18 +32,32 @@ def load_source(path: str | Path) -> Agreement:
     AgreementError with every problem, its field and line; OSError where the file itself cannot be read.
     """
     path = Path(path)
-    return parse_source(_limited(path, YAML_BYTES), reader(path.parent))
+    return parse_source(_limited(path, YAML_BYTES), reader(path.parent), measured(path.parent))
 
 
-def parse_source(data: bytes, read: Read) -> Agreement:
-    """The agreement that YAML bytes describe; `read` gives the files that they name."""
+def parse_source(data: bytes, read: Read, measured: Read | None = None) -> Agreement:
+    """The agreement that YAML bytes describe; `read` gives the files that they name, `measured` the measurements in JSON of
+    those that may be images."""
     tree, lines = parse_yaml(data)
-    return build(tree, read, lines)
+    return build(tree, read, lines, measured=measured)
 
 
 def reader(folder: Path) -> Read:
     """Reads the files that an agreement in `folder` names."""
     return lambda name: _limited(folder / name, limits.REFERENCED_FILE_BYTES)
+
+
+def measured(folder: Path) -> Read:
+    """Reads the measurements that an agreement in `folder` names: an image is measured, of any size; else it is their JSON."""
+
+    def read(name: str) -> bytes:
+        with (folder / name).open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                return measurements_json(measure(file).pcrs).encode()
+        return reader(folder)(name)
+
+    return read
 
 
 def load_signed(path: str | Path) -> SignedAgreement:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from parley.clock import now_ms
+from parley.images import AcceptedImage, seen_image
 from parley_protocol.bundle import OpenedOutput, VerifiedBundle, open_output, verify_bundle
 from parley_protocol.output import DECIMAL_TYPE, LABEL_TYPE, OutputTable
 from parley_protocol.transcript import SealedOutput, output_info
@@ -118,6 +119,11 @@ class Release(Mapping[str, Output]):
         """Its number in the series, from 1."""
         return self.verified.record.record.body.sequence
 
+    @property
+    def image(self) -> AcceptedImage:
+        """Which of the agreement's images made it."""
+        return seen_image(self.verified.agreement, self.verified.record.document)
+
     def opened_bundle(self) -> bytes:
         """The bundle with the outputs that are open here standing open in it, for readers who hold no recipient's key."""
         return replace(self.verified.bundle, opened=tuple(self._opened.values())).to_bytes()
@@ -129,6 +135,7 @@ class Release(Mapping[str, Output]):
         lines = [
             f"{agreement.title}, version {agreement.version}, record {body.sequence} of its series",
             f"platform   {'SIMULATED: no hardware protected anything' if self.simulated else str(agreement.platform)}",
+            f"image      {self.image}",
             f"inputs     {', '.join(item.party for item in body.inputs)}",
         ]
         if body.absentees:

@@ -19,11 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from parley.clock import now_ms
 from parley.disk import write_file
+from parley.images import AcceptedImage, matching_image, seen_image
 from parley.release import Release
 from parley.spool import SealedTable, content_key
 from parley.state import Joined, Series, SignedRoster, View
 from parley_protocol import hpke
 from parley_protocol.agreement.model import Agreement
+from parley_protocol.attestation.document import parse_unverified
 from parley_protocol.chain import ChainState, verify_chain
 from parley_protocol.claims import VerifiedOffer, needs_countersignatures, verify_offer, verify_receipt, verify_roster
 from parley_protocol.cose import payload_unverified
@@ -138,6 +140,7 @@ class Session:
         self._transport = connection.transport
         self._state = connection.member.state
         self._sign = True
+        self._image: AcceptedImage | None = None
 
     def __repr__(self) -> str:
         digits = self.id.hex()
@@ -163,6 +166,16 @@ class Session:
         """
         return self._verify(trust_head).offer
 
+    @property
+    def image(self) -> AcceptedImage | None:
+        """Which of the agreement's images the enclave was verified to run: when this object verified it last, otherwise when
+        this member joined; None where neither was."""
+        joined = self._state.joined(self.id)
+        if self._image is None and joined is not None:
+            document = parse_unverified(joined.document)  # it was verified before the state kept it
+            return matching_image(self.agreement, document.pcrs, at_ms=document.timestamp_ms)
+        return self._image
+
     def _verify(self, trust_head: bytes | None = None) -> _Verified:
         series = self._state.series(self.agreement.series)
         if series is None:
@@ -183,6 +196,7 @@ class Session:
         verified = verify_offer(
             self.agreement, reply.offer, reply.document, nonce=nonce, head=chain.head, now_ms=now_ms()
         )
+        self._image = seen_image(self.agreement, verified.enclave)
         return _Verified(verified, reply.document, chain)
 
     def _follow(self, series: Series, lineage: Sequence[Agreement], head: bytes) -> ChainState:

@@ -75,6 +75,8 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     assert parley("analyst", "open", title)[1][0]["session"] == session
     code, values, _ = parley("north", "attest", title)
     assert code == 0 and values[0]["simulated"] is True and values[0]["head"] == "00" * 48
+    image = {"measurement": 1, "measurements": 1, "until": None}
+    assert image.items() <= values[0].items()
 
     # A bad table: file, row and column, and nothing is sent.
     bad = frame_of(0)
@@ -92,7 +94,7 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     for name in NAMES[1:]:
         code, values, _ = parley(name, "submit", title, "visits=visits.csv", "--no-wait")
         assert code == 0
-        assert values[-1]["tables"]["visits"]["rows"] == 600
+        assert values[-1]["tables"]["visits"]["rows"] == 600 and image.items() <= values[-1].items()
         receipts[name] = values[-1]["receipt"]
     # The same line again is the same receipt; nothing is uploaded twice.
     assert parley("north", "submit", title, "visits=visits.csv", "--no-wait")[1][-1]["receipt"] == receipts["north"]
@@ -115,7 +117,8 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     assert kinds(parley("west", "inbox")) == ["fetch"]
     assert parley("west", "show")[0] == Exit.UNAVAILABLE  # not fetched yet
     code, values, _ = parley("west", "fetch", title, "--out", "sealed.bundle")
-    assert code == 0 and values[0]["outputs"] == ["by_site"]
+    assert code == 0 and values[0]["outputs"] == ["by_site"] and image.items() <= values[0].items()
+    assert image.items() <= parley("west", "status", session)[1][0].items()
     assert kinds(parley("west", "inbox")) == []
     tables = [parley("west", "show", *which)[1][0] for which in ([], [session[:8]], ["sealed.bundle"])]
     assert tables[0] == tables[1] == tables[2]
@@ -129,7 +132,7 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     for bundle, opened in (("sealed.bundle", []), ("open.bundle", ["by_site"])):
         (stranger / bundle).write_bytes((made.folder / "west" / bundle).read_bytes())
         code, values, _ = parley("stranger", "verify", bundle)
-        assert code == 0 and values[0]["simulated"] is True
+        assert code == 0 and values[0]["simulated"] is True and image.items() <= values[0].items()
         assert values[0]["opened"] == opened and values[0]["countersigned"] == ["north", "south", "west"]
     assert parley("stranger", "show", "open.bundle")[1][0]["rows"] == tables[0]["rows"]
     assert parley("stranger", "show", "sealed.bundle")[0] == Exit.REFUSED

@@ -61,12 +61,13 @@ class Paper:
         *,
         pcr16: bytes | None = None,
         head: bytes = GENESIS,
+        image: Measurement | None = None,
         now_ms: int = NOW,
     ) -> None:
-        """`pcr16`: what the module was told in place of the agreement's digest. The image is the agreement's first."""
+        """`pcr16`: what the module was told in place of the agreement's digest. `image`: by default the agreement's first."""
         self.agreement = agreement
         self.clock = now_ms
-        image = agreement.measurements[0]
+        image = image or agreement.measurements[0]
         registers = {**image_measurements(None), 0: image.pcr0, 1: image.pcr1, 2: image.pcr2}
         self._nsm = SimulatedNsm(root, registers, now_ms=lambda: self.clock, random=os.urandom)
         self._request({"ExtendPCR": {"index": 16, "data": pcr16 or agreement.digest}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,7 @@ def register(app: typer.Typer) -> None:
     command(group, "new")(new)
     command(group, "check")(check)
     command(group, "show")(show)
+    command(group, "diff")(diff)
     command(group, "put")(put)
     command(group, "get")(get)
     command(group, "sign")(sign)
@@ -53,9 +55,7 @@ title: {title}
 purpose: Mean amount by region.
 expires: 2027-12-31                  # end of that day, UTC
 
-platform: simulated                  # simulated | nitro
-root: simulated-root.pem             # only with simulated; nitro uses the roots in the verifier
-measurements: [measurements.json]    # PCR0, 1 and 2 together
+{platform}
 
 members:                             # name: public key file of `parley keygen`
   north: keys/north.pub
@@ -101,16 +101,40 @@ session:
 """
 
 
+SIMULATED = """\
+platform: simulated                  # simulated | nitro
+root: simulated-root.pem             # only with simulated; nitro uses the roots in the verifier
+measurements: [measurements.json]    # an image, or what `parley measure --json` or nitro-cli prints of one"""
+NITRO = """\
+platform: nitro                      # simulated, with `root: its certificate`, for an image in the emulator
+measurements:                        # each with `until: 2027-01-31` where another is to take its place
+{images}"""
+
+
 def new(
     title: Annotated[str, typer.Argument(help="Title of the agreement; also the name of the file.")],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="An enclave image that is accepted; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a draft to start from: TITLE.yaml."""
+    from parley.images import measure_file
+
     out = Console(as_json)
     path = Path(f"{title}.yaml")
+    platform = SIMULATED
+    if images:
+        measured = [(image, measure_file(image)) for image in images]
+        # JSON's strings are YAML's, whatever a path holds.
+        listed = [
+            f"  - {json.dumps(str(image), ensure_ascii=False)}  # PCR0 {short(found.pcrs[0])}"
+            for image, found in measured
+        ]
+        platform = NITRO.format(images="\n".join(listed))
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE.format(title=title))
+            file.write(TEMPLATE.format(title=title, platform=platform))
     except FileExistsError:
         raise Failure(f"{path} is there already", Exit.USAGE, "file") from None
     out.line(str(path), "a draft; edit it, then: parley agreement check " + str(path))
@@ -202,6 +226,40 @@ def show(
     missing = signed.missing()
     out.line("signed", f"{len(found.members) - len(missing)} of {len(found.members)}{_without(missing)}")
     out.result(**facts(found), text=text(found), missing=list(missing), notes=[_plain(note) for note in _notes(found)])
+
+
+def diff(
+    old: Annotated[
+        str, typer.Argument(help="Title, start of the digest, or file of the agreement before.", metavar="OLD")
+    ],
+    new: Annotated[str, typer.Argument(help="The same of the one after, such as an amendment.", metavar="NEW")],
+    key: KeyOption = None,
+    to: ToOption = None,
+    cert: CertOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print every field in which two agreements differ: what an amendment changes."""
+    from parley.differences import amends, changes
+
+    out = Console(as_json)
+    before, after = (find_agreement(text, key, to, cert).agreement() for text in (old, new))
+    found = changes(before, after)
+    if before == after:
+        out.text("the same agreement")
+    elif amends(before, after):
+        out.text(f"{after.title}: version {after.version} amends version {before.version}")
+    else:
+        out.text(
+            "neither amends the other" if not amends(after, before) else "OLD amends NEW: they are the other way round"
+        )
+    for change in found:
+        out.text(str(change))
+    out.result(
+        old=before.digest.hex(),
+        new=after.digest.hex(),
+        amends=amends(before, after),
+        changes=[{"path": list(change.path), "old": change.old, "new": change.new} for change in found],
+    )
 
 
 def own_name(agreement: Agreement, key: Path | None) -> str | None:

@@ -11,6 +11,7 @@ from parley.cli import tables
 from parley.cli.app import command
 from parley.cli.console import Console, plural, session_name, short, size, when
 from parley.cli.exits import Exit, Failure
+from parley.cli.images import image_facts
 from parley.cli.options import CertOption, JsonOption, KeyOption, ToOption, connect, find_session, member
 from parley.cli.summary import party_word, several
 
@@ -52,6 +53,7 @@ def fetch(
             release = found.fetch(file, bars.update, opened=opened)
     state = "open for everybody who has the file" if opened else "sealed to its recipients"
     out.line("verified", f"record {release.sequence} of the series; {plural(len(release), 'output')} for you")
+    out.line("image", str(release.image))
     out.line("bundle", f"{file}, {size(file.stat().st_size)}, {state}")
     out.result(
         session=found.id.hex(),
@@ -60,6 +62,7 @@ def fetch(
         outputs=list(release),
         opened=opened,
         simulated=release.simulated,
+        **image_facts(release.image),
     )
 
 
@@ -160,6 +163,7 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         f"   {record.body.sequence} of this series, {plural(uploads, 'upload')}, "
         f"image {short(document.pcrs[0])}, agreement in PCR16, {when(document.timestamp_ms)}",
     )
+    out.line("image", f"   {release.image}")
     for name, agreed in agreement.outputs.items():
         found = release.outputs.get(name)
         who = plural(len(agreed.recipients), "recipient")
@@ -189,6 +193,7 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         absent=absent,
         pcrs={str(index): value.hex() for index, value in sorted(document.pcrs.items())},
         timestamp_ms=document.timestamp_ms,
+        **image_facts(release.image),
         opened=list(release),
         sealed=[name for name in agreement.outputs if name not in release],
     )

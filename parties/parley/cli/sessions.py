@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parley.cli.app import command, make_app
 from parley.cli.console import Console, ago, plural, session_name, short, size, when
 from parley.cli.exits import Exit, Failure
+from parley.cli.images import image_facts, say
 from parley.cli.options import (
     CertOption,
     JsonOption,
@@ -140,10 +141,12 @@ def attest(
     as_json: JsonOption = False,
 ) -> None:
     """Ask the session's enclave for a fresh document and verify it. Nothing is sent to it but a nonce."""
+    from parley.images import seen_image
+
     out = Console(as_json)
     with connect(key, to, cert) as connection:
         offer = _verified(find_session(session, connection), out, trust_head)
-    enclave = offer.enclave
+    enclave, image = offer.enclave, seen_image(offer.agreement, offer.enclave)
     for index, value in sorted(enclave.pcrs.items()):
         if index in (0, 1, 2, 16):
             out.line(f"PCR{index}", value.hex())
@@ -157,10 +160,13 @@ def attest(
         module_id=enclave.module_id,
         timestamp_ms=enclave.timestamp_ms,
         simulated=enclave.simulated,
+        **image_facts(image),
     )
 
 
 def _verified(session: Session, out: Console, trust_head: str | None) -> VerifiedOffer:
+    from parley.images import seen_image
+
     offer = session.verify(trust_head=None if trust_head is None else bytes_of(trust_head))
     enclave = offer.enclave
     head = "genesis" if not any(offer.offer.head) else short(offer.offer.head)
@@ -170,7 +176,19 @@ def _verified(session: Session, out: Console, trust_head: str | None) -> Verifie
         "enclave",
         f"verified: image {short(enclave.measurement.pcr0)}, this agreement, head {head}, document {age} s old{root}",
     )
+    say(out, seen_image(offer.agreement, enclave))
     return offer
+
+
+def _say_image(session: Session, out: Console) -> None:
+    image = session.image
+    if image is not None:
+        say(out, image)
+
+
+def _image_facts(session: Session) -> dict[str, Any]:
+    image = session.image
+    return {} if image is None else image_facts(image)
 
 
 # Bringing tables
@@ -226,6 +244,7 @@ def submit(
             step="joined",
             session=session.id.hex(),
             receipt=receipt.digest.hex(),
+            **_image_facts(session),
             tables={
                 table.table: {
                     "rows": table.rows,
@@ -349,7 +368,7 @@ def join(
         _verified(found, out, trust_head)
         receipt = found.join()
         out.line("receipt", short(receipt.digest))
-        out.result(step="joined", session=found.id.hex(), receipt=receipt.digest.hex())
+        out.result(step="joined", session=found.id.hex(), receipt=receipt.digest.hex(), **_image_facts(found))
         if wait:
             _wait(found, out, sign=sign)
 
@@ -372,10 +391,13 @@ def start(
     with connect(key, to, cert) as connection:
         found = find_session(session, connection)
         roster = found.start()
+        _say_image(found, out)
         absent = [absentee.party for absentee in roster.absentees]
         number = plural(len(roster.included), "party", "parties")
         out.line("roster", f"{number}, {'no absentee' if not absent else 'without ' + _names(absent)}")
-        out.result(step="rostered", session=found.id.hex(), roster=roster.digest.hex(), absent=absent)
+        out.result(
+            step="rostered", session=found.id.hex(), roster=roster.digest.hex(), absent=absent, **_image_facts(found)
+        )
         if not wait:
             return
         with out.progress() as bars:
@@ -491,6 +513,7 @@ def status(
     if state.phase in ("launching", "open"):
         out.line("until", when(state.deadline_ms))
     out.columns([(f"  {party}", phase) for party, phase in state.parties])
+    _say_image(found, out)
     out.result(
         session=found.id.hex(),
         agreement=found.agreement.digest.hex(),
@@ -500,6 +523,7 @@ def status(
         percent=state.percent,
         deadline_ms=state.deadline_ms,
         parties=dict(state.parties),
+        **_image_facts(found),
     )
 
 

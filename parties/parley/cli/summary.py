@@ -146,8 +146,11 @@ def party_word(agreement: Agreement) -> str:
 
 
 def image_name(agreement: Agreement) -> str:
-    """The accepted images, each by the start and end of its PCR0."""
-    return " or ".join(short(measurement.pcr0) for measurement in agreement.measurements)
+    """The accepted images, each by the start and end of its PCR0, with the day on which it ends."""
+    return " or ".join(
+        short(measurement.pcr0) + ("" if measurement.until is None else f" (until {measurement.until.isoformat()})")
+        for measurement in agreement.measurements
+    )
 
 
 def platform(agreement: Agreement) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from parley_protocol.agreement.model import Agreement, Consent, Output, Platform, Rules, effective
+from parley_protocol.measurement import EMPTY_PCR
 
 
 class Level(StrEnum):
@@ -90,9 +91,11 @@ def _platform(agreement: Agreement, now_ms: int | None) -> Iterator[Note]:
     if now_ms is not None and now_ms >= agreement.expires_ms:
         yield Note(Level.WARNING, "expires", f"expired at the end of {agreement.expires.isoformat()}")
     for number, measurement in enumerate(agreement.measurements):
+        path = f"measurements[{number}]"
+        if measurement.pcr2 == EMPTY_PCR:
+            yield Note(Level.NOTE, path, "the image has one ramdisk, so its PCR2 says nothing")
         if measurement.until is None or measurement.until_ms is None:
             continue
-        path = f"measurements[{number}]"
         if now_ms is not None and now_ms >= measurement.until_ms:
             yield Note(Level.WARNING, path, f"the image was accepted until {measurement.until.isoformat()}")
         elif measurement.until < agreement.expires:

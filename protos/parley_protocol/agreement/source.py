@@ -88,13 +88,19 @@ _E = TypeVar("_E", bound=StrEnum)
 
 
 def build(
-    tree: Tree, read: Read, lines: Mapping[str, int] | None = None, *, most: int = limits.AGREEMENT_PROBLEMS
+    tree: Tree,
+    read: Read,
+    lines: Mapping[str, int] | None = None,
+    *,
+    measured: Read | None = None,
+    most: int = limits.AGREEMENT_PROBLEMS,
 ) -> Agreement:
     """The agreement that `tree` describes; AgreementError with all problems, but no more than `most`.
 
-    `lines`: path of a field -> its line (1..).
+    `lines`: path of a field -> its line (1..). `measured`: what nitro-cli prints of the file that a measurement names, for
+    those who can measure an image themselves (MalformedError where it is a bad one); otherwise `read` gives just that.
     """
-    builder = _Builder(read, lines or {}, most)
+    builder = _Builder(read, measured or read, lines or {}, most)
     try:
         agreement = builder.agreement(_Node("", tree))
     except (_BadError, _EnoughError):
@@ -124,8 +130,9 @@ class _Node:
 
 
 class _Builder:
-    def __init__(self, read: Read, lines: Mapping[str, int], most: int) -> None:
+    def __init__(self, read: Read, measured: Read, lines: Mapping[str, int], most: int) -> None:
         self.read = read
+        self.read_measured = measured
         self.most = most
         self.lines = lines
         self.problems: list[Problem] = []
@@ -275,9 +282,11 @@ class _Builder:
             self.bad(node, "is not a digest: 96 hexadecimal digits in lower case")
         return bytes.fromhex(text)
 
-    def file(self, node: _Node, name: str) -> bytes:
+    def file(self, node: _Node, name: str, read: Read | None = None) -> bytes:
         try:
-            data = self.read(name)
+            data = (read or self.read)(name)
+        except MalformedError as error:
+            self.bad(node, f"{_quoted(name)}: {error.message}")
         except OSError as error:
             self.bad(node, f"{_quoted(name)} cannot be read: {error.strerror or 'no such file'}")
         if len(data) > limits.REFERENCED_FILE_BYTES:
@@ -391,9 +400,9 @@ class _Builder:
 
     def measured(self, node: _Node, name: str) -> dict[str, object]:
         try:
-            value = json.loads(self.file(node, name).decode())
+            value = json.loads(self.file(node, name, self.read_measured).decode())
         except (ValueError, RecursionError):
-            self.bad(node, f"{_quoted(name)} is not JSON")
+            self.bad(node, f"{_quoted(name)} is neither an image nor JSON")
         if isinstance(value, dict) and isinstance(value.get("Measurements"), dict):
             value = value["Measurements"]
         if not isinstance(value, dict):

@@ -103,7 +103,7 @@ CASES = [
     ("root: simulated-root.pem", "root: other.pem", "root", "'other.pem' cannot be read: No such file or directory"),
     ("root: simulated-root.pem", "root: measurements.json", "root", "is not a certificate in PEM"),
     ("[measurements.json]", "[]", "measurements", "none: no enclave could be accepted"),
-    ("[measurements.json]", "[not.json]", "measurements[0]", "'not.json' is not JSON"),
+    ("[measurements.json]", "[not.json]", "measurements[0]", "'not.json' is neither an image nor JSON"),
     ("[measurements.json]", "[list.json]", "measurements[0]", "'list.json' holds no measurements"),
     ("[measurements.json]", "[one.json]", "measurements[0]", "PCR0 is not 96 hexadecimal digits"),
     (

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
 from parley_deploy.image.eif import Part, Signer, metadata, sign, write
 from parley_deploy.image.errors import ImageError
 from parley_protocol.encoding import decode
 from parley_protocol.errors import MalformedError
 from parley_protocol.measurement import Architecture, Kind, measure
+from support.images import certificate as self_signed
 from support.vectors import images
 
 IMAGES = images()
@@ -55,13 +54,8 @@ def key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP384R1())
 
 
-def certificate(key: ec.EllipticCurvePrivateKey, *, start_ms: int = NOW_MS, days: int = 30) -> bytes:
-    """A certificate in PEM, valid from `start_ms`."""
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "maker")])
-    start = datetime.fromtimestamp(start_ms // 1000, UTC)
-    end = datetime.fromtimestamp(start_ms // 1000 + days * 86_400, UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 7, start, end)
-    return builder.sign(key, SHA384()).public_bytes(Encoding.PEM)
+def certificate(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return self_signed(key, start_ms=NOW_MS)
 
 
 @pytest.mark.parametrize("name", UNSIGNED)
