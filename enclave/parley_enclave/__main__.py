@@ -67,7 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log(error.message)
         return 1
     try:
-        with listen(options.listen) as listener:
+        try:
+            listener = listen(options.listen)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            log(f"cannot listen at {options.listen}: {error.strerror}")
+            return 1
+        with listener:
             log(f"listening, workers: {pool.size}")
             Server(listener, Service(Enclave(nsm, pool, log=log), pool, log=log).handle).run()
     except KeyboardInterrupt:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from parley_deploy.nsm import LocalRoot, SimulatedNsm, serve
+from parley_deploy.pki import system_now_ms
 from parley_enclave import device as module
 from parley_enclave.device import Device, KernelDevice, SocketDevice, open_device, require_private
 from parley_enclave.nsm import Nsm
@@ -251,6 +253,28 @@ def test_without_a_device_the_process_says_so_and_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "parley_enclave", "--listen", "vsock:5005", "--nsm", f"dev:{tmp_path}/nsm"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (1, f"parley-enclave: {tmp_path}/nsm does not open: ENOENT\n")
+
+
+@pytest.mark.parametrize(
+    ("listen", "code", "said"),
+    [("vsock:x", 2, "not an address to listen at: vsock:x"), ("unix:/none/x", 1, "cannot listen at unix:/none/x")],
+)
+def test_an_address_at_which_nobody_listens_is_named(tmp_path: Path, listen: str, code: int, said: str) -> None:
+    root = LocalRoot.create(system_now_ms())
+    nsm = SimulatedNsm(root, {index: bytes(48) for index in range(3)}, now_ms=system_now_ms, random=os.urandom)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "nsm"))
+        listener.listen()
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            serve(nsm, connection)
+
+        threading.Thread(target=answer, daemon=True).start()
+        command = [sys.executable, "-P", "-m", "parley_enclave", "--listen", listen, "--nsm", f"unix:{tmp_path}/nsm"]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == code
+    assert said in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
 
 
 def test_the_request_number_is_that_of_the_kernels_header() -> None:
