@@ -188,6 +188,7 @@ def test_a_session_by_itself_with_an_interruption(made: Members, parley: Parley)
         code, out, err = ended(process)
         assert (code, err) == (0, "")
         assert "3 parties, no absentee; countersigned" in out
+        assert "image     measurement 1 of 1 in the agreement (PCR0 " in out
         assert "parley fetch" in out
     assert parley("analyst", "fetch", title, "--out", "x.bundle")[0] == 0
     watching.send_signal(signal.SIGINT)

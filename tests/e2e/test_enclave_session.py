@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parley_protocol.agreement.model import Agreement, Consent
+from parley.images import AcceptedImage, seen_image
+from parley_protocol.agreement.model import Agreement, Consent, Measurement
 from parley_protocol.chain import ChainState, verify_chain
 from parley_protocol.claims import VerifiedOffer, verify_receipt, verify_record, verify_roster
 from parley_protocol.output import OutputTable
@@ -309,6 +310,35 @@ def test_an_amendment_goes_on_with_the_chain(make: Make, simulation: Simulation)
     old.load()
     assert old.host.refused(begin=pb.Begin(request=os.urandom(16), chain=later.chain)) == "agreement"
     old.close()
+
+
+def test_an_amendment_rolls_out_another_image(make: Make, simulation: Simulation) -> None:
+    run = make(max_releases=2)
+    offer, _, release = computed(run)
+    run.stored(offer, release)
+    head = run_head(run)
+    run.close()
+    simulation.registers = {**simulation.registers, 0: b"\1" * 48, 2: b"\2" * 48}
+    simulation.boot()
+    # The next image is none of version 1.
+    early = Run(simulation, run.agreement, run.members, run.rows)
+    assert early.host.refused(load=pb.Load(agreements=[signed(run.agreement, run.members)])) == "attestation"
+    early.close()
+    old = simulation.measurement
+    new = Measurement(simulation.registers[0], simulation.registers[1], simulation.registers[2])
+    second = amended(run.agreement, measurements=(replace(old, until=run.agreement.expires), new))
+    simulation.boot()
+    later = Run(simulation, second, run.members, run.rows)
+    later.chain = run.chain
+    later.host.load(signed(run.agreement, run.members), signed(second, run.members, head))
+    offer = later.offer(head)  # the record of the old image is on the chain, and the client verifies the new one
+    assert seen_image(second, offer.enclave) == AcceptedImage(2, 2, new)
+    later.join(offer)
+    roster, _ = later.start(offer)
+    release = released(later.countersign(offer, roster))
+    body = Record.from_bytes(payload(release.cose)).body
+    assert (body.agreement, body.sequence, body.previous) == (second.digest, 2, head)
+    later.close()
 
 
 def test_an_amendment_that_follows_no_version_one_is_refused(simulation: Simulation) -> None:

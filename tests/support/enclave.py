@@ -88,8 +88,9 @@ class Simulation:
         self.ahead_ms = 0
         """How far the module's clock is ahead of this machine's."""
         self.root = LocalRoot.create(system_now_ms())
-        measured = image_measurements(None)
-        self.measurement = Measurement(measured[0], measured[1], measured[2])
+        self.registers = image_measurements(None)
+        """What the module says that the image is measured to be, from the next boot on."""
+        self.measurement = Measurement(self.registers[0], self.registers[1], self.registers[2])
         self.process: subprocess.Popen[bytes] | None = None
         self._nsm_listener: socket.socket | None = None
         self._boots = 0
@@ -112,7 +113,7 @@ class Simulation:
         """Starts a fresh module and an enclave under it, and waits until it listens."""
         self.end()
         self._boots += 1
-        self.nsm = SimulatedNsm(self.root, image_measurements(None), now_ms=self.now_ms, random=os.urandom)
+        self.nsm = SimulatedNsm(self.root, self.registers, now_ms=self.now_ms, random=os.urandom)
         nsm_path = self.folder / f"nsm{self._boots}.sock"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(nsm_path))
