@@ -236,7 +236,10 @@ class Live:
             time.sleep(RETRY_S)
             self._lose_if_gone()
             return
-        except (UnavailableError, RefusedError, MalformedError) as error:
+        except UnavailableError as error:
+            self._lose_if_ended(error)
+            return
+        except (RefusedError, MalformedError) as error:
             log.warning("enclave-no-status", session=log.short(self._session), code=error.code)
             return
         with self._lock:
@@ -652,11 +655,14 @@ class Live:
         except relay.GoneError:
             self.lose("lost")
         except UnavailableError as error:
-            # What is not there any more need not answer with a refusal: a vsock whose machine is gone is silent.
-            if not self._world.launcher.alive(self._handle):
-                self.lose("lost")
-                return
+            self._lose_if_ended(error)
+
+    def _lose_if_ended(self, error: UnavailableError) -> None:
+        """What does not answer may be under load, or gone: a vsock whose machine has ended is silent. The launcher knows."""
+        if self._world.launcher.alive(self._handle):
             log.warning("enclave-no-status", session=log.short(self._session), code=error.code)
+        else:
+            self.lose("lost")
 
     def _gone_or(self, end: float) -> None:
         with self._lock:

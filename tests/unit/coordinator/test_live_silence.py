@@ -1,0 +1,114 @@
+"""An enclave that does not answer: under load it is waited for, and lost only where it has ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from parley_coordinator import relay
+from parley_coordinator.launcher import EnclaveHandle
+from parley_coordinator.live import Live
+from parley_coordinator.models import JoinRow, SessionRow
+from parley_protocol.errors import UnavailableError
+from support.desk import NOW, Desk, make_agreement
+
+HANDLE = EnclaveHandle("e", b"", "vsock:16:5005")
+
+
+class Launcher:
+    """Knows whether the enclave has ended, and what was stopped."""
+
+    def __init__(self, *, alive: bool) -> None:
+        self._alive = alive
+        self.stopped: list[EnclaveHandle] = []
+
+    def alive(self, handle: EnclaveHandle) -> bool:
+        assert handle == HANDLE
+        return self._alive
+
+    def stop(self, handle: EnclaveHandle) -> None:
+        self.stopped.append(handle)
+
+
+class Silent(Live):
+    """A live session whose enclave's address is tried by `attempt`."""
+
+    def __init__(self, desk: Desk, launcher: Launcher) -> None:
+        agreement = make_agreement()
+        desk.sign(agreement)
+        with desk.store.write() as session:
+            row = SessionRow(
+                session=b"s" * 16,
+                agreement=agreement.digest,
+                series=agreement.series,
+                begin=b"b" * 16,
+                phase="open",
+                offer=b"o",
+                document=b"d",
+                start=None,
+                roster=None,
+                opened_ms=NOW,
+                ended_ms=None,
+            )
+            session.add(row)
+            session.flush()
+            self._number = row.number
+            join = JoinRow(number=row.number, digest=b"j", party="ann", cose=b"", receipt=b"r", code="", at_ms=NOW)
+            session.add(join)
+        deadlines = SimpleNamespace(short_s=1.0)
+        world = SimpleNamespace(store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines)
+        self._world = cast("Any", world)
+        self._handle = HANDLE
+        self._channel = relay.Channel(HANDLE.address)
+        self._session = b"s" * 16
+        self._lock = threading.RLock()
+        self._epoch = 0
+        self._over = threading.Event()
+        self._frames = cast("Any", SimpleNamespace(close=lambda: None))
+        self._ended = lambda number: None
+
+    @property
+    def phase(self) -> str:
+        """What the store says."""
+        with self._world.store.read() as session:
+            return session.get_one(SessionRow, self._number).phase
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]], None]:
+    def make(kind: type[UnavailableError]) -> None:
+        def connect(address: str, timeout_s: float = 1.0) -> Any:
+            assert address == HANDLE.address
+            raise kind("no answer")
+
+        monkeypatch.setattr(relay, "connect", connect)
+
+    return make
+
+
+def test_an_enclave_that_is_silent_and_alive_is_waited_for(
+    tmp_path: Path, silence: Callable[[type[UnavailableError]], None]
+) -> None:
+    silence(UnavailableError)
+    launcher = Launcher(alive=True)
+    live = Silent(Desk(tmp_path), launcher)
+    live.tick()
+    assert (live.phase, launcher.stopped) == ("open", [])
+
+
+@pytest.mark.parametrize("kind", [UnavailableError, relay.GoneError])
+def test_an_enclave_that_has_ended_is_lost(
+    tmp_path: Path, silence: Callable[[type[UnavailableError]], None], kind: type[UnavailableError]
+) -> None:
+    silence(kind)
+    launcher = Launcher(alive=False)
+    live = Silent(Desk(tmp_path), launcher)
+    live.tick()
+    assert (live.phase, launcher.stopped) == ("lost", [HANDLE])
+    with live._world.store.read() as session:
+        assert session.query(JoinRow).count() == 0
