@@ -107,6 +107,8 @@ class NitroMachine:
         options = ",".join(f"{name}={_quoted(value)}" for name, value in machine.items() if value is not None)
         device = "null,id=vsock" if vsock is None else f"socket,id=vsock,path={_quoted(str(vsock))}"
         command = [str(self.program), "-L", str(self.firmware), "-M", f"nitro-enclave,{options}"]
+        # Virtio 1, which QEMU's virtio-mmio is not unless told to.
+        command += ["-global", "virtio-mmio.force-legacy=false"]
         # TCG, also where there is KVM: a judge that is the same on every machine.
         command += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", f"{memory_mib}M"]
         # What is appended stands after the command line of the image, and is not measured.
