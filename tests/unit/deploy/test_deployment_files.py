@@ -247,7 +247,8 @@ def test_a_first_boot_makes_a_coordinator(parent: Parent) -> None:
     assert (parent.root / "etc/nitro_enclaves/allocator.yaml").read_text() == "---\nmemory_mib: 2048\ncpu_count: 2\n"
     assert len(parent.called("mkfs.xfs -q -L parley")) == 1
     assert parent.called("parley-coordinator init")[0].endswith("--listen 0.0.0.0:7443 --name parley.example.org")
-    assert "--no-index" in parent.called("python -m pip")[0]
+    [installed] = parent.called("python -m pip")
+    assert "--no-index" in installed and installed.endswith("/opt/parley/wheels/parley-0.1.0-py3-none-any.whl")
     assert parent.called("systemctl enable") == [
         "systemctl enable --now nitro-enclaves-allocator.service",
         "systemctl enable --now parley-coordinator.service",

@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 
 pytest.importorskip("hcl2", reason="NO HCL PARSER: python-hcl2 is not installed")
 
+from parley_coordinator import config
 from support import terraform
 from support.terraform import Module
 
@@ -448,10 +449,10 @@ def test_the_first_boot_gets_its_files(run: Callable[..., Any], copy: Path, tmp_
     text = render(run, copy / "modules/bootstrap", BOOT, "user_data")
     assert text.startswith("#cloud-config\n")
     assert len(base64.b64encode(gzip.compress(text.encode()))) < 16384, "EC2 takes 16 KiB of user data"
-    config = YAML(typ="safe").load(text)
-    assert set(config) == {"package_update", "packages", "write_files", "runcmd"}
-    assert config["runcmd"] == [["/usr/local/sbin/parley-setup"]]
-    files = {each["path"]: each["content"] for each in config["write_files"]}
+    boot = YAML(typ="safe").load(text)
+    assert set(boot) == {"package_update", "packages", "write_files", "runcmd"}
+    assert boot["runcmd"] == [["/usr/local/sbin/parley-setup"]]
+    files = {each["path"]: each["content"] for each in boot["write_files"]}
     assert files["/etc/parley/allocator.yaml"] == "---\nmemory_mib: 4096\ncpu_count: 4\n"
     assert files["/etc/systemd/system/parley-coordinator.service"] == (
         DEPLOY / "systemd/parley-coordinator.service"
@@ -461,12 +462,10 @@ def test_the_first_boot_gets_its_files(run: Callable[..., Any], copy: Path, tmp_
         "DEVICE=/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0\n"
         in files["/etc/parley/setup.env"]
     )
-    coordinator = tomllib.loads(files["/etc/parley/coordinator.toml"])
-    assert coordinator["launcher"] == {
-        "kind": "nitro",
-        "enclaves": 2,
-        "nitro": {"image": "/opt/parley/parley.eif", "memory_mib": 2048, "cpus": 2},
-    }
+    coordinator = config.from_tree(tomllib.loads(files["/etc/parley/coordinator.toml"]), Path("/var/lib/parley"))
+    assert (coordinator.launcher, coordinator.enclaves, coordinator.listen) == ("nitro", 2, "0.0.0.0:7443")
+    assert (coordinator.nitro.memory_mib, coordinator.nitro.cpus, coordinator.nitro.debug) == (2048, 2, False)
+    assert coordinator.nitro.image == Path("/opt/parley/parley.eif")
 
 
 @pytest.mark.parametrize("host_name", ["", "a b", "x; rm -rf /", "$(id)", "-name"])

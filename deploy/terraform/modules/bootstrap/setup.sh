@@ -59,8 +59,9 @@ install_coordinator() {
   mkdir "$PROGRAM/wheels"
   tar --extract --no-same-owner --file "$PROGRAM/coordinator.tar" --directory "$PROGRAM/wheels"
   python3.11 -m venv --clear "$PROGRAM/venv"
-  # Nothing comes from the network: the bundle, whose digest was checked, holds every wheel.
-  "$PROGRAM/venv/bin/python" -m pip install --quiet --no-index --find-links "$PROGRAM/wheels" 'parley[coordinator]'
+  # Nothing comes from the network: the bundle, whose digest was checked, holds every wheel that a coordinator needs. Without
+  # --no-deps pip would also ask for what only the client needs.
+  "$PROGRAM/venv/bin/python" -m pip install --quiet --no-index --no-deps "$PROGRAM"/wheels/*.whl
   mkdir -p "$PROGRAM/bin"
   ln -sfn ../venv/bin/parley-coordinator "$PROGRAM/bin/parley-coordinator"
 }
