@@ -3,8 +3,8 @@
     python -m parley_deploy.allocator IMAGE [--enclaves N] [--cpus N] [--memory MIB] [--page MIB] [--threads-per-core N]
 
 An enclave's memory holds the image, a kernel, one main process and a worker for each CPU; the bounds in
-`parley_protocol.limits` say how large the last two may become. So a computation that the engine accepts fits, and the
-memory is never below the four times the image's size that nitro-cli demands.
+`parley_protocol.limits` say how large the last two may become. So a computation that the engine accepts fits. And the
+memory is never below four times the image, which nitro-cli demands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from parley_protocol.errors import MalformedError
 
 MIB: Final = 1 << 20
 IMAGE_RATIO: Final = 4
-"""nitro-cli refuses to run an image in less than this many times its size: the file as loaded, and its files unpacked."""
+"""nitro-cli refuses to run an image in less than this many times its size."""
+IMAGE_COPIES: Final = 2
+"""Of an image whose ramdisks are not compressed: as loaded, and its files as the kernel unpacks them into memory."""
 LEAST_MIB: Final = 64
 """The smallest enclave that the driver makes."""
 PAGES_MIB: Final = (2, 1024)
@@ -70,9 +72,10 @@ class Reservation:
 def needed_mib(image_bytes: int, cpus: int, page_mib: int = PAGES_MIB[0]) -> int:
     """Memory of one enclave with a worker for each CPU, in MiB, a whole number of pages."""
     # nitro-cli rounds the image up to whole MiB before it multiplies.
-    image = IMAGE_RATIO * -(-image_bytes // MIB) * MIB
-    total = image + SYSTEM_BYTES + MAIN_BYTES + cpus * WORKER_BYTES
-    return max(LEAST_MIB, -(-total // (page_mib * MIB)) * page_mib)
+    image = -(-image_bytes // MIB)
+    engine = IMAGE_COPIES * image * MIB + SYSTEM_BYTES + MAIN_BYTES + cpus * WORKER_BYTES
+    least = max(LEAST_MIB, IMAGE_RATIO * image, -(-engine // MIB))
+    return -(-least // page_mib) * page_mib
 
 
 def reserve(
@@ -117,11 +120,8 @@ def allocator_yaml(reservation: Reservation) -> str:
         f"# Enclaves: {one.enclaves}, of {one.memory_mib} MiB and {one.cpus} CPUs each. coordinator.toml says the same:",
         f"#   [launcher]        enclaves = {one.enclaves}",
         f"#   [launcher.nitro]  memory_mib = {one.memory_mib}   cpus = {one.cpus}",
-        "# MiB of one enclave:",
-        _part(
-            IMAGE_RATIO * image,
-            f"{IMAGE_RATIO} x the image of {image}: nitro-cli demands it, the unpacked files take it",
-        ),
+        f"# nitro-cli demands {IMAGE_RATIO} x the image: {IMAGE_RATIO * image} MiB. The engine may need, in MiB:",
+        _part(IMAGE_COPIES * image, f"{IMAGE_COPIES} x the image of {image}: as loaded, and its files unpacked"),
         _part(SYSTEM_BYTES // MIB, "kernel"),
         _part(MAIN_BYTES // MIB, "main process: states of all key ranges, sealed outputs, code"),
         _part(one.cpus * WORKER_BYTES // MIB, f"{one.cpus} workers: in each a window, its state, sealed frames, code"),
