@@ -315,14 +315,14 @@ def _metadata(data: bytes) -> Mapping[str, object]:
 def _signer(section: bytes, pcr0: bytes) -> SigningCertificate:
     """The certificate whose key signed `pcr0`, as the signature section says and proves."""
     # eif-8
-    value = decode(section, limit=limits.EIF_SIGNATURE_BYTES, foreign=True)
+    value = _decoded(section, foreign=True)
     entry = value[0] if type(value) is list and len(value) == 1 else None
     if type(entry) is not dict or entry.keys() != {CERTIFICATE_KEY, SIGNATURE_KEY}:
         raise MalformedError("image: the signature is not one entry of a certificate and a signature")
     parts: Mapping[str, Value] = entry  # type: ignore[assignment]  # its keys are those two texts
     certificate, key = read_certificate(_octets(parts[CERTIFICATE_KEY], CERTIFICATE_KEY))
     # eif-9
-    envelope = decode(_octets(parts[SIGNATURE_KEY], SIGNATURE_KEY), limit=limits.EIF_SIGNATURE_BYTES)
+    envelope = _decoded(_octets(parts[SIGNATURE_KEY], SIGNATURE_KEY), foreign=False)
     form = signature_form(key)
     match envelope:
         case [form.protected, {**unprotected}, bytes(payload), bytes(signature)] if not unprotected:
@@ -395,6 +395,13 @@ def signed_payload(pcr0: bytes) -> bytes:
 def signed_bytes(protected: bytes, payload: bytes) -> bytes:
     """What the key signs: the Sig_structure of RFC 9052."""
     return encode(["Signature1", protected, b"", payload])
+
+
+def _decoded(data: bytes, *, foreign: bool) -> Value:
+    try:
+        return decode(data, limit=limits.EIF_SIGNATURE_BYTES, foreign=foreign)
+    except MalformedError as error:
+        raise MalformedError(f"image: the signature is no CBOR: {error.message}") from None
 
 
 def _octets(value: Value, name: str) -> bytes:
