@@ -35,6 +35,7 @@ from parley_protocol.encoding import encode
 from parley_protocol.errors import MalformedError, UnavailableError, VerificationError
 from parley_protocol.measurement import Image, Kind, measure
 from support.enclave import Host, agreement_of, identities, signed, until
+from support.vectors import images
 
 if TYPE_CHECKING:
     from support.enclave import Simulation
@@ -110,6 +111,11 @@ def test_a_flipped_bit_is_refused_by_qemu_and_by_us(machine: NitroMachine, copy:
             assert "CRC mismatch" in refusal(machine, copy), place
             file.seek(offset)
             file.write(bytes((byte,)))
+
+
+def test_the_judge_reads_what_awss_own_builder_wrote(machine: NitroMachine) -> None:
+    verdicts = {name: "CRC mismatch" in refusal(machine, recorded.path) for name, recorded in images().items()}
+    assert [name for name, damaged in verdicts.items() if damaged] == ["bad_crc"]
 
 
 # The enclave
