@@ -36,6 +36,13 @@ data "aws_iam_policy_document" "parent" {
     resources = ["${aws_s3_bucket.this.arn}/backup/*"]
   }
 
+  # The mirror of the ciphertext forgets what the coordinator has deleted; copies of the database it cannot delete.
+  statement {
+    sid       = "MirrorBlobs"
+    actions   = ["s3:DeleteObject"]
+    resources = ["${aws_s3_bucket.this.arn}/backup/blobs/*"]
+  }
+
   statement {
     sid       = "ListBackups"
     actions   = ["s3:ListBucket"]

@@ -95,7 +95,8 @@ resource "aws_s3_bucket_server_side_encryption_configuration" "this" {
   }
 }
 
-# A deleted table is to be gone: no versions are kept, and backups end by themselves.
+# A deleted table is to be gone: no versions are kept. Copies of the database end by themselves; the ciphertext beside them is a
+# mirror of what the coordinator has, and follows it.
 resource "aws_s3_bucket_lifecycle_configuration" "this" {
   bucket = aws_s3_bucket.this.id
 
@@ -111,11 +112,11 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
   }
 
   rule {
-    id     = "backups"
+    id     = "databases"
     status = "Enabled"
 
     filter {
-      prefix = "backup/"
+      prefix = "backup/database/"
     }
 
     expiration {

@@ -137,7 +137,7 @@ variable "data_gib" {
 }
 
 variable "backup_days" {
-  description = "How long backups stay in the bucket."
+  description = "How long nightly copies of the database stay in the bucket."
   type        = number
   default     = 35
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
+import sys
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -101,7 +105,7 @@ def test_a_weak_unit_is_seen(old: str, new: str, weakness: str) -> None:
 
 def test_the_unit_runs_commands_that_exist() -> None:
     unit = settings(UNIT.read_text("utf-8"))
-    for line in unit["ExecStart"]:
+    for line in (*unit["ExecStartPre"], *unit["ExecStart"]):
         program, *arguments = line.removeprefix("-").split()
         assert program == "/opt/parley/bin/parley-coordinator"
         options = coordinator._parser().parse_args(arguments)
@@ -121,6 +125,23 @@ def unit(tmp_path: Path) -> Path:
     path = tmp_path / UNIT.name
     path.write_text(UNIT.read_text("utf-8").replace("/opt/parley/bin/parley-coordinator", "/bin/true"), "utf-8")
     return path
+
+
+def test_systemd_reads_the_backup(tmp_path: Path) -> None:
+    for name in ("parley-backup.service", "parley-backup.timer"):
+        text = (DEPLOY / "systemd" / name).read_text("utf-8")
+        (tmp_path / name).write_text(text.replace("/usr/local/sbin/parley-backup", "/bin/true"), "utf-8")
+    judged = systemd("systemd-analyze", "verify", *(str(path) for path in tmp_path.iterdir()))
+    assert (judged.returncode, judged.stdout + judged.stderr) == (0, "")
+    exposed = systemd(
+        "systemd-analyze",
+        "security",
+        "--offline=yes",
+        f"--threshold={EXPOSURE}",
+        "--no-pager",
+        str(tmp_path / "parley-backup.service"),
+    )
+    assert exposed.returncode == 0, exposed.stdout[-200:]
 
 
 def test_systemd_reads_the_unit(unit: Path) -> None:
@@ -187,6 +208,7 @@ class Parent:
     store: Path
     log: Path
     environment: dict[str, str]
+    keep: sqlite3.Connection = field(init=False)
 
     def boot(self, **extra: str) -> subprocess.CompletedProcess[str]:
         """Runs the script; the log holds the calls of this run."""
@@ -252,6 +274,7 @@ def test_a_first_boot_makes_a_coordinator(parent: Parent) -> None:
     assert parent.called("systemctl enable") == [
         "systemctl enable --now nitro-enclaves-allocator.service",
         "systemctl enable --now parley-coordinator.service",
+        "systemctl enable --now parley-backup.timer",
     ]
     assert (parent.root / "etc/fstab").read_text().count("LABEL=parley /var/lib/parley xfs ") == 1
 
@@ -315,3 +338,65 @@ def test_the_stand_ins_take_nothing_for_granted(parent: Parent) -> None:
             [shutil.which(command[0], path=environment["PATH"]) or "", *command[1:]], env=environment, check=False
         )
         assert called.returncode != 0, command
+
+
+# The backup
+
+
+@pytest.fixture
+def running(parent: Parent) -> Iterator[Parent]:
+    """A coordinator's folder with a database in use, two blobs, and Python where the script looks for it."""
+    data, python = parent.root / "var/lib/parley", parent.root / "opt/parley/venv/bin/python"
+    (data / "blobs").mkdir(parents=True)
+    (data / "blobs/one").write_bytes(b"1")
+    (data / "coordinator.toml").write_text("listen = ...")
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    database = sqlite3.connect(data / "coordinator.db")
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("CREATE TABLE event (at INTEGER)")
+    database.execute("INSERT INTO event VALUES (7)")
+    database.commit()
+    parent.keep = database
+    # cp FROM s3://…, and sync --delete FROM s3://…
+    (Path(parent.environment["BIN"]) / "aws").write_text(
+        f"#!/bin/bash\n{RECORD}"
+        'from=${*: -2:1}; to=$STORE/${*: -1}; to=${to/s3:\\/\\/bucket\\//}; mkdir -p "$(dirname "$to")"\n'
+        'case $2 in cp) cp "$from" "$to" ;; sync) rm -rf "$to"; cp -r "$from" "$to" ;; *) exit 1 ;; esac\n'
+    )
+    yield parent
+    database.close()
+
+
+def backup(parent: Parent) -> subprocess.CompletedProcess[str]:
+    parent.log.write_text("")
+    script = DEPLOY / "systemd" / "parley-backup"
+    return subprocess.run(["bash", str(script)], env=parent.environment, capture_output=True, text=True, check=False)
+
+
+def test_a_backup_holds_what_was_committed_and_the_blobs(running: Parent) -> None:
+    done = backup(running)
+    assert done.returncode == 0, done.stderr
+    [copy] = (running.store / "backup/database").glob("*.db")
+    with closing(sqlite3.connect(copy)) as copied:
+        assert copied.execute("SELECT at FROM event").fetchall() == [(7,)]
+    assert [path.name for path in (running.store / "backup/blobs").iterdir()] == ["one"]
+    assert [line.split()[2] for line in running.called("aws")] == ["cp", "cp", "sync"], "the database comes first"
+    assert not [line for line in running.called("aws") if "tls.key" in line]
+    assert not list((running.root / "var/lib/parley").glob(".backup-*"))
+
+
+def test_nothing_is_deleted_in_a_backup_without_a_database(running: Parent) -> None:
+    (running.root / "var/lib/parley/coordinator.db").write_bytes(b"")
+    done = backup(running)
+    assert done.returncode == 1 and "no database" in done.stderr
+    assert running.called("aws") == []
+
+
+def test_a_damaged_database_ends_the_backup(running: Parent) -> None:
+    running.keep.close()
+    (running.root / "var/lib/parley/coordinator.db").write_bytes(b"SQLite format 3\0" + b"x" * 8000)
+    for name in ("coordinator.db-wal", "coordinator.db-shm"):
+        (running.root / "var/lib/parley" / name).unlink(missing_ok=True)
+    assert backup(running).returncode != 0
+    assert running.called("aws") == []

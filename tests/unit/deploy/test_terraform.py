@@ -454,9 +454,9 @@ def test_the_first_boot_gets_its_files(run: Callable[..., Any], copy: Path, tmp_
     assert boot["runcmd"] == [["/usr/local/sbin/parley-setup"]]
     files = {each["path"]: each["content"] for each in boot["write_files"]}
     assert files["/etc/parley/allocator.yaml"] == "---\nmemory_mib: 4096\ncpu_count: 4\n"
-    assert files["/etc/systemd/system/parley-coordinator.service"] == (
-        DEPLOY / "systemd/parley-coordinator.service"
-    ).read_text("utf-8")
+    for name in ("parley-coordinator.service", "parley-backup.service", "parley-backup.timer"):
+        assert files[f"/etc/systemd/system/{name}"] == (DEPLOY / "systemd" / name).read_text("utf-8")
+    assert files["/usr/local/sbin/parley-backup"] == (DEPLOY / "systemd/parley-backup").read_text("utf-8")
     assert files["/usr/local/sbin/parley-setup"] == (DEPLOY / "terraform/modules/bootstrap/setup.sh").read_text("utf-8")
     assert (
         "DEVICE=/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0\n"

@@ -114,6 +114,9 @@ locals {
       { path = "/etc/parley/setup.env", permissions = "0644", content = local.environment },
       { path = "/etc/systemd/system/parley-coordinator.service", permissions = "0644", content = file("${path.module}/../../../systemd/parley-coordinator.service") },
       { path = "/usr/lib/sysusers.d/parley.conf", permissions = "0644", content = file("${path.module}/../../../systemd/parley.sysusers") },
+      { path = "/etc/systemd/system/parley-backup.service", permissions = "0644", content = file("${path.module}/../../../systemd/parley-backup.service") },
+      { path = "/etc/systemd/system/parley-backup.timer", permissions = "0644", content = file("${path.module}/../../../systemd/parley-backup.timer") },
+      { path = "/usr/local/sbin/parley-backup", permissions = "0755", content = file("${path.module}/../../../systemd/parley-backup") },
       { path = "/usr/local/sbin/parley-setup", permissions = "0755", content = file("${path.module}/setup.sh") },
     ]
     runcmd = [["/usr/local/sbin/parley-setup"]]

@@ -87,4 +87,5 @@ configure
 install -D -m 0644 "$ROOT/etc/parley/allocator.yaml" "$ROOT/etc/nitro_enclaves/allocator.yaml"
 systemctl enable --now nitro-enclaves-allocator.service
 systemctl enable --now parley-coordinator.service
+systemctl enable --now parley-backup.timer
 say "done: the coordinator listens at $HOST_NAME:7443"
