@@ -1,4 +1,4 @@
-"""`parley-coordinator`: init, run, operators, digest."""
+"""`parley-coordinator`: init, run, operators, digest, doctor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 from sqlalchemy import select
 
 from parley_coordinator import config as configuration
-from parley_coordinator import log, server, tls
+from parley_coordinator import doctor, log, server, tls
 from parley_coordinator.clock import now_ms
 from parley_coordinator.config import Config, ConfigError
+from parley_coordinator.doctor_system import System, Verdict
 from parley_coordinator.models import Operator
 from parley_coordinator.store import Store
 from parley_protocol.errors import ParleyError
@@ -23,7 +24,7 @@ from parley_protocol.identity import PublicIdentity, load_public
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit code 0; 2 for a wrong command line or configuration, with a line that names the field."""
+    """Runs one command. Exit code 0; 1 where `doctor` finds what does not work; 2 for a wrong command line or configuration, with a line that names the field."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     digest = commands.add_parser("digest", help="print the SHA-384 of the TLS key, which callers are bound to")
     _place(digest)
     digest.set_defaults(run=_digest)
+    check = commands.add_parser("doctor", help="look at host, image, storage and keys, and say what to do")
+    _place(check)
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(run=_doctor)
     return parser
 
 
@@ -132,6 +137,12 @@ def _list(options: argparse.Namespace) -> int:
 def _digest(options: argparse.Namespace) -> int:
     _print(tls.server_digest(_config(options).certificate.read_bytes()).hex())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = doctor.examine(_config(options), System())
+    _print(doctor.report(checks, as_json=options.json))
+    return int(any(check.verdict is Verdict.FAIL for check in checks))
 
 
 def _members(options: argparse.Namespace) -> list[tuple[Path, PublicIdentity]]:
