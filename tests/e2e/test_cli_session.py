@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from parley.cli.app import run
 from parley.cli.exits import Exit
+from parley_protocol.agreement.model import Measurement
 from support.client import Members, frame_of, members
 from support.enclave import until
 
@@ -61,7 +63,7 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     for name in NAMES:
         assert kinds(parley(name, "inbox")) == ["sign"]
         code, values, _ = parley(name, "agreement", "sign", title, "--yes")
-        assert code == 0 and values[0]["member"] == name
+        assert code == 0 and values[0]["member"] == name and values[0]["changes"] is None
     assert values[0]["missing"] == []
     code, values, err = parley("north", "submit", title, "visits=visits.csv")
     assert code == Exit.USAGE and "no such file" in err
@@ -124,6 +126,14 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
     assert tables[0] == tables[1] == tables[2]
     assert [row[0] for row in tables[0]["rows"]] == ["north", "south", "west"]
     assert sum(row[1] for row in tables[0]["rows"]) == 1800
+
+    # An amendment adds an image: who signs it is told so.
+    first = made.agreement
+    accepted = (*first.measurements, Measurement(b"\1" * 48, b"\2" * 48, b"\3" * 48))
+    second = replace(first, version=2, series_digest=first.digest, replaces=first.digest, measurements=accepted)
+    made.connect("analyst").put(second)
+    code, values, _ = parley("north", "agreement", "sign", second.digest.hex(), "--yes")
+    assert code == 0 and "+ measurements.0101...0101.PCR0: " + "01" * 48 in values[0]["changes"]
 
     # A stranger verifies both forms, and reads the open one.
     assert parley("west", "fetch", session[:8], "--open", "--out", "open.bundle")[0] == 0

@@ -26,6 +26,7 @@ from parley.cli.options import (
 from parley.cli.summary import lines
 
 if TYPE_CHECKING:
+    from parley import Member
     from parley_protocol.agreement.lint import Note
     from parley_protocol.agreement.model import Agreement
 
@@ -340,6 +341,9 @@ def sign(
         me = connection.member
         found = find_agreement(agreement, key, to, cert, connection=connection, fresh=True).agreement()
         name = me.name_in(found)
+        changed = _changes(found, me)
+        for number, line in enumerate(changed or ()):
+            out.text(f"{'' if number else 'Changes':<15}{line}")
         for line in lines(found, name):
             out.text(line)
         for note in _notes(found):
@@ -366,4 +370,12 @@ def sign(
         state = connection.sign(found, trust_head=None if trust_head is None else bytes_of(trust_head))
     done = len(found.members) - len(state.missing)
     out.text(f"signed, {done} of {len(found.members)}")
-    out.result(**facts(found), member=name, signed=done, missing=list(state.missing))
+    out.result(**facts(found), member=name, signed=done, missing=list(state.missing), changes=changed)
+
+
+def _changes(agreement: Agreement, me: Member) -> list[str] | None:
+    """What an amendment changes in the version before it; None where there is none, or this member does not have it."""
+    from parley.differences import changes
+
+    before = [kept for kept in me.state.agreements() if kept.digest == agreement.replaces]
+    return [str(change) for change in changes(before[0].agreement(), agreement)] if before else None
