@@ -52,6 +52,9 @@ def figures(repository: Path) -> Iterator[dict[str, float]]:
     found: dict[str, float] = {}
     yield found
     if found:
+        found = {what: float(f"{value:.3g}") for what, value in sorted(found.items())}
+        for what, value in found.items():
+            print(f"{what}: {value}")
         path = repository / "build" / "qemu-figures.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(found, indent=2) + "\n")

@@ -205,8 +205,6 @@ def test_throughput(guest: Path, folder: Path, figures: dict[str, float]) -> Non
     finally:
         local.kill()
         local.wait()
-    for word, value in sorted(figures.items()):
-        print(f"{word}: {value:.2f}")
     # Far below what the emulator does, far above what a stall would leave.
     assert figures["vsock: to the guest (MB/s)"] > 1
     assert figures["vsock: from the guest (MB/s)"] > 1
