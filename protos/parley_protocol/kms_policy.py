@@ -149,6 +149,11 @@ def key_policy(agreement: bytes, accepted: Sequence[Accepted], principals: Princ
     }
 
 
+def policy_of(agreement: Agreement, principals: Principals) -> dict[str, Any]:
+    """The policy of a party's key under an agreement."""
+    return key_policy(agreement.digest, accepted_by(agreement), principals)
+
+
 def _statement(sid: str, principals: Sequence[str], actions: Sequence[str]) -> dict[str, Any]:
     return {
         "Sid": sid,
