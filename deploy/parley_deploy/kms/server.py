@@ -10,13 +10,15 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 from urllib.parse import urlsplit
 
 from parley_deploy.kms.errors import KmsError
@@ -79,6 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
             word = "ok"
         except KmsError as error:
             status, answer, word = error.status, json.dumps(error.body()).encode(), f"{error.code}: {error.message}"
+        except Exception:  # noqa: BLE001  # AWS answers its own faults as well; the log says which it was
+            traceback.print_exc()
+            status, answer, word = 500, json.dumps(KmsError("KMSInternalException").body()).encode(), "a fault"
         self.log_message("%s %s", target.removeprefix(_TARGET), word)
         self._send(status, CONTENT_TYPE, answer)
 
@@ -94,20 +99,27 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the operation and its outcome are logged, which say more."""
 
 
-def run(folder: Path, listen: str, service: Service, tokens: TokenService) -> int:
-    """Serves in this process until SIGTERM; 0. StartError where another serves the folder or the address is taken."""
+def hold(folder: Path) -> IO[str]:
+    """The folder's lock, which one server at a time holds; StartError where another does."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = (folder / "lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise StartError(f"{folder}: another emulator serves it") from None
-    host, port = _address(folder, listen)
+    (folder / "pid").unlink(missing_ok=True)
+    return lock
+
+
+def run(folder: Path, listen: str, service: Service, tokens: TokenService) -> int:
+    """Serves in this process, which holds the folder, until SIGTERM; 0. StartError where the address is taken."""
     try:
-        server = Server((host, port), service, tokens)
+        server = Server(_address(folder, listen), service, tokens)
     except OSError as error:
         raise StartError(f"{listen}: {error.strerror}") from None
-    (folder / "pid").write_text(f"{os.getpid()}\n")
     (folder / ENDPOINT).write_text(f"{server.url}\n")
+    (folder / "pid").write_text(f"{os.getpid()}\n")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     print(f"KMS, emulated, at {server.url}", flush=True)
     try:
@@ -115,7 +127,6 @@ def run(folder: Path, listen: str, service: Service, tokens: TokenService) -> in
     finally:
         server.server_close()
         (folder / "pid").unlink(missing_ok=True)
-        lock.close()
     return 0
 
 
@@ -131,16 +142,25 @@ def _address(folder: Path, listen: str) -> tuple[str, int]:
 
 
 def serving(folder: Path) -> str | None:
-    """The URL of the emulator that serves a folder now; None where none does."""
+    """The URL of the emulator that serves a folder and listens now; None where none does."""
+    if not _held(folder) or not (folder / "pid").exists():
+        return None
+    url = (folder / ENDPOINT).read_text().strip()
+    address = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5)
+        return url if probe.connect_ex((address.hostname or "", address.port or 0)) == 0 else None
+
+
+def _held(folder: Path) -> bool:
     try:
         with (folder / "lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return None
+        return False
     except BlockingIOError:
-        if (folder / "pid").exists() and (folder / ENDPOINT).exists():
-            return (folder / ENDPOINT).read_text().strip()
-    return None
+        return True
+    return False
 
 
 def start(folder: Path, root: Path, *options: str) -> str:
@@ -152,23 +172,15 @@ def start(folder: Path, root: Path, *options: str) -> str:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if (url := serving(folder)) is not None:
         return url
-    (folder / "pid").unlink(missing_ok=True)
     command = [sys.executable, "-m", "parley_deploy.kms", "--dir", str(folder), "--root", str(root.resolve())]
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, "--foreground", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        # It returns when it holds the folder, and leaves a process that is nobody's child.
+        subprocess.run([*command, "--behind", *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False)
     end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and _held(folder):
         if (url := serving(folder)) is not None:
             return url
         time.sleep(0.02)
-    process.kill()
-    process.wait()
     lines = (folder / "log").read_text("utf-8", errors="replace").splitlines()
     raise StartError(f"the emulated KMS did not start: {lines[-1] if lines else 'it said nothing'}")
 
@@ -180,7 +192,7 @@ def stop(folder: Path, *, signal_: int = signal.SIGTERM) -> None:
     pid = int((folder / "pid").read_text())
     os.kill(pid, signal_)
     end = time.monotonic() + START_SECONDS
-    while serving(folder) is not None:
+    while _held(folder):
         if time.monotonic() > end:
             raise TimeoutError(f"the emulated KMS with pid {pid} does not end")
         time.sleep(0.02)
