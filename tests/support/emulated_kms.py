@@ -49,6 +49,7 @@ class Kms:
         self.credentials: dict[str, Credentials] = {
             arn: self.accounts.add(arn) for arn in (ADMIN, SEALER, COORDINATOR, OTHER)
         }
+        self._clients: dict[tuple[str, str, bool], KMSClient] = {}
         self.url = ""
 
     def start(self, *options: str, at_ms: int = documents.NOW) -> str:
@@ -72,9 +73,13 @@ class Kms:
         )
 
     def client(self, arn: str = ADMIN, credentials: Credentials | None = None) -> KMSClient:
-        """The same, its client of KMS, which tries once."""
-        config = Config(retries={"total_max_attempts": 1})
-        return self.session(arn, credentials).client("kms", endpoint_url=self.url, config=config)
+        """The same, its client of KMS, which tries once. A client takes long to make, so that it is kept."""
+        name = (self.url, (credentials or self.credentials[arn]).access_key, credentials is None)
+        if name not in self._clients or credentials is not None:
+            config = Config(retries={"total_max_attempts": 1})
+            made = self.session(arn, credentials).client("kms", endpoint_url=self.url, config=config)
+            self._clients[name] = made
+        return self._clients[name]
 
     def key(self, *statements: Mapping[str, Any]) -> str:
         """The ARN of a new key that ADMIN manages and uses, and for which these statements are written beside that."""
