@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -27,6 +27,7 @@ from parley_protocol.chain import ChainState
 from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import MalformedError, StateError
 from parley_protocol.identity import PrivateIdentity
+from parley_protocol.kms_policy import Principals
 from parley_protocol.shapes import Bytes, Row, Seq, Shape, Statement, Text, Uint
 from parley_protocol.transcript import GENESIS, AgreementSignature, Join, Receipt, Roster
 
@@ -177,6 +178,19 @@ class State:
         """(address, pin) of the coordinator that was used last."""
         found = self._json(self.folder / "coordinator.json")
         return None if found is None else (str(found["address"]), found["certificate"])
+
+    # KMS
+
+    def remember_principals(self, key: str, principals: Principals) -> None:
+        """Notes who stands in the policy of the member's KMS key `key`, its ARN."""
+        self._write(_principals_name(key), json.dumps(asdict(principals)).encode())
+
+    def principals(self, key: str) -> Principals | None:
+        """Who stands in the policy of a KMS key; None where the member never said."""
+        found = self._json(self.folder / _principals_name(key))
+        if found is None:
+            return None
+        return Principals(found["coordinator"], tuple(found["administrators"]), tuple(found["sealers"]))
 
     # Agreements and series
 
@@ -505,6 +519,10 @@ class State:
         except ValueError:
             raise StateError(f"{path} is damaged") from None
         return found if isinstance(found, dict) else None
+
+
+def _principals_name(key: str) -> str:
+    return f"kms/{key.split(':')[4]}-{key.rpartition('/')[2]}.json"
 
 
 def _parsed(kind: type[_T], path: Path) -> _T:

@@ -41,6 +41,8 @@ PCRS: Final = 32
 """Platform configuration registers of an NSM."""
 PCR_BYTES: Final = 48
 """SHA-384, the only digest of an NSM."""
+KEY_POLICY_BYTES: Final = 128 << 10
+"""The policy of a KMS key as it is given back: KMS takes 32 KiB, and may add spaces."""
 MODULE_ID_BYTES: Final = 128
 """Real ones have 39; the bound keeps names printable."""
 DOCUMENT_AGE_MS: Final = 5 * 60 * 1000
