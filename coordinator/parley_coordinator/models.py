@@ -134,7 +134,7 @@ class OpenRequest(Base):
 
 
 class JoinRow(Base):
-    """A join: pending without receipt and code, admitted with a receipt, refused with a code."""
+    """A join, or a KMS join that was tried in this session: pending without receipt and code, admitted with a receipt, refused with a code."""
 
     __tablename__ = "joins"
     number: Mapped[int] = mapped_column(ForeignKey("sessions.number"), primary_key=True)
@@ -143,6 +143,18 @@ class JoinRow(Base):
     cose: Mapped[bytes]
     receipt: Mapped[bytes | None]
     code: Mapped[str] = mapped_column(default="")
+    at_ms: Mapped[int]
+
+
+class KmsJoinRow(Base):
+    """The KMS join of a party that stands: the one with the greatest number."""
+
+    __tablename__ = "kms_joins"
+    agreement: Mapped[bytes] = mapped_column(ForeignKey("agreements.digest"), primary_key=True)
+    party: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[bytes]
+    number: Mapped[int]
+    cose: Mapped[bytes]
     at_ms: Mapped[int]
 
 

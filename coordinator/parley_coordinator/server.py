@@ -21,6 +21,8 @@ from parley_coordinator.clock import now_ms
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.events import Bell, Events
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.kms import Kms
+from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.launcher import Launcher, LocalLauncher
 from parley_coordinator.live import World
 from parley_coordinator.nitro import NitroLauncher
@@ -59,7 +61,7 @@ async def serve(config: Config, launcher: Launcher | None = None) -> None:
     callers = Callers(tls.server_digest(certificate))
     store = Store(config.database)
     blobs = Directory(config.blobs)
-    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms)
+    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, Kms(config.kms))
     sessions = Sessions(world)
     loop = asyncio.get_running_loop()
     bell = Bell(loop)
@@ -70,6 +72,7 @@ async def serve(config: Config, launcher: Launcher | None = None) -> None:
         agreements=Agreements(store, config.quotas, now_ms),
         uploads=Uploads(store, blobs, config.quotas, now_ms),
         sessions=sessions,
+        kms_joins=KmsJoins(store, now_ms),
         releases=Releases(store, blobs, now_ms),
         inbox=Inbox(store, now_ms),
         events=Events(store),
