@@ -386,7 +386,7 @@ def test_a_key_policy_does_not_suffice_in_another_account(kms: Kms) -> None:
     kms.credentials[helpless] = kms.accounts.add(helpless, policies=[])
     key = kms.key(allow(helpless, "kms:Decrypt"))
     blob = sealed(kms, key)
-    with refused("AccessDeniedException"):
+    with refused("AccessDeniedException", "because no identity-based policy allows the kms:Decrypt action"):
         kms.client(helpless).decrypt(CiphertextBlob=blob, EncryptionContext=CONTEXT)
     deny = {"Effect": "Deny", "Action": "kms:*", "Resource": "*"}
     kms.credentials[SEALER] = kms.accounts.add(SEALER, policies=[{"Statement": deny}])
