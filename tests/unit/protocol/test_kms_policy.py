@@ -85,7 +85,7 @@ EARLY, LATE, OVER = "2027-06-30T23:59:59Z", "2027-07-01T00:00:00Z", "2027-07-02T
         (None, EARLY, False),
     ],
 )
-def test_only_an_accepted_enclave_of_the_agreement_decrypts_until_its_day_is_over(
+def test_pol_4_only_an_accepted_enclave_of_the_agreement_decrypts_until_its_day_is_over(
     document: dict[int, bytes] | None, at: str, allowed: bool
 ) -> None:
     assert decide(WANTED, COORDINATOR, "kms:Decrypt", document, at) is allowed
@@ -93,7 +93,14 @@ def test_only_an_accepted_enclave_of_the_agreement_decrypts_until_its_day_is_ove
         assert not decide(WANTED, other, "kms:Decrypt", document, at)
 
 
-def test_nobody_who_operates_can_change_the_policy_or_do_more() -> None:
+def test_pol_3_a_client_encrypts_and_reads_and_does_no_more() -> None:
+    for action in ("Encrypt", "DescribeKey", "GetKeyPolicy", "ListGrants"):
+        assert decide(WANTED, SEALER, f"kms:{action}", None, EARLY), action
+    for action in (*kms_policy.MANAGING, "kms:Decrypt", "kms:CreateGrant", "kms:ReEncryptFrom", "kms:GenerateDataKey"):
+        assert decide(WANTED, SEALER, action, None, EARLY) is (action in kms_policy.SEALING), action
+
+
+def test_pol_2_nobody_who_operates_can_change_the_policy_or_do_more() -> None:
     for action in ("PutKeyPolicy", "CreateGrant", "Encrypt", "ReEncryptFrom", "GenerateDataKey", "DisableKey"):
         assert not decide(WANTED, COORDINATOR, f"kms:{action}", pcrs(1), EARLY), action
     for statement in WANTED["Statement"]:
@@ -110,7 +117,7 @@ def test_nobody_who_operates_can_change_the_policy_or_do_more() -> None:
     )
 
 
-def test_no_image_is_accepted_for_longer_than_the_agreement() -> None:
+def test_pol_5_no_image_is_accepted_for_longer_than_the_agreement() -> None:
     agreement = make_agreement()
     day = agreement.expires.replace(year=agreement.expires.year - 1)
     first = agreement.measurements[0]
@@ -153,7 +160,7 @@ def test_no_image_is_accepted_for_longer_than_the_agreement() -> None:
         (lambda: replace(image(1), until_ms=0), "until"),
     ],
 )
-def test_a_policy_that_protects_nothing_cannot_be_made(make: Callable[[], object], field: str) -> None:
+def test_pol_1_a_policy_that_protects_nothing_cannot_be_made(make: Callable[[], object], field: str) -> None:
     with pytest.raises(AgreementError, match=field):
         make()
 
@@ -190,7 +197,7 @@ SAME: dict[str, Callable[[list[dict[str, Any]]], object]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_another_spelling_is_no_difference(name: str) -> None:
+def test_pol_6_another_spelling_is_no_difference(name: str) -> None:
     live = changed(SAME[name])
     assert differences(live, WANTED) == ()
     assert differences(WANTED, live | {"Version": "2012-10-17"}) == ()
@@ -276,7 +283,7 @@ DRIFT: dict[str, tuple[Callable[[list[dict[str, Any]]], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", DRIFT)
-def test_drift_is_told_in_words(name: str) -> None:
+def test_pol_6_drift_is_told_in_words(name: str) -> None:
     change, words = DRIFT[name]
     found = differences(changed(change), WANTED)
     assert found
@@ -313,7 +320,7 @@ def test_a_lone_statement_is_read_as_one() -> None:
     assert read(json.dumps({"Statement": EXTRA}))["Statement"] == [EXTRA]
 
 
-def test_revoking_takes_out_what_opens_and_leaves_the_rest() -> None:
+def test_pol_7_revoking_takes_out_what_opens_and_leaves_the_rest() -> None:
     escrow = {"Effect": "Allow", "Principal": {"AWS": SEALER}, "Action": ["kms:Decrypt"], "Resource": "*"}
     door = EXTRA | {"Sid": "Iam", "Principal": {"AWS": "444455556666"}}
     deny = {"Effect": "Deny", "Principal": "*", "Action": "kms:Decrypt", "Resource": "*"}
