@@ -53,7 +53,17 @@ from parley_protocol.claims import (
 from parley_protocol.cose import payload_unverified
 from parley_protocol.encoding import sha384
 from parley_protocol.errors import MalformedError, ParleyError, RefusedError, UnavailableError
-from parley_protocol.transcript import AnyJoin, Countersignature, Join, KmsJoin, Offer, Record, Roster, kms_context
+from parley_protocol.transcript import (
+    AnyJoin,
+    Countersignature,
+    Join,
+    KmsJoin,
+    Offer,
+    Record,
+    Roster,
+    kms_context,
+    read_join,
+)
 from parley_protocol.v1 import coordinator_pb2, enclave_pb2
 
 ADMISSION: Final = frozenset(
@@ -860,11 +870,7 @@ class _Steps:
 
 def is_kms(cose: bytes) -> bool:
     """Whether a stored join is one by KMS."""
-    try:
-        KmsJoin.from_bytes(payload_unverified(cose))
-    except MalformedError:
-        return False
-    return True
+    return isinstance(read_join(payload_unverified(cose)), KmsJoin)
 
 
 def require(row: SessionRow, *phases: str) -> None:

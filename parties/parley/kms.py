@@ -91,6 +91,24 @@ class Key:
                 ]
         return tuple(found)
 
+    def facts(self) -> tuple[str, ...]:
+        """What of the key itself is not as it must be, in words (kms-15)."""
+        with _said(self.arn):
+            found = dict(self._client.describe_key(KeyId=self.arn)["KeyMetadata"])
+        wanted = {
+            "Arn": self.arn,
+            "KeyState": "Enabled",
+            "KeyUsage": "ENCRYPT_DECRYPT",
+            "KeySpec": "SYMMETRIC_DEFAULT",
+            "KeyManager": "CUSTOMER",
+            "Origin": "AWS_KMS",
+        }
+        return tuple(
+            f"its {name} is {found.get(name)}, not {value}"
+            for name, value in wanted.items()
+            if found.get(name) != value
+        )
+
     def encrypt(self, plaintext: bytes, context: Mapping[str, str]) -> bytes:
         """`plaintext`, at most 4,096 bytes, under the key, bound to `context`."""
         with _said(self.arn):
@@ -99,9 +117,9 @@ class Key:
 
 
 def check(key: Key, wanted: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a key's policy and grants is not as it must be, in words; nothing where the key may be used."""
+    """What of a key, its policy and its grants is not as it must be, in words; nothing where it may be used (kms-15)."""
     found = kms_policy.differences(key.policy(), wanted)
-    return (*found, *(f"a grant goes round the policy, {grant}" for grant in key.grants() if grant.opens))
+    return (*key.facts(), *found, *(f"a grant goes round the policy, {grant}" for grant in key.grants() if grant.opens))
 
 
 Connect = Callable[[str], Key]

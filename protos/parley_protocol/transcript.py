@@ -161,6 +161,12 @@ AnyJoin: TypeAlias = Join | KmsJoin
 """What lets a session open a party's uploads."""
 
 
+def read_join(data: bytes) -> AnyJoin:
+    """The join of either kind in `data`; MalformedError where it is neither."""
+    label = encode(KmsJoin.LABEL)
+    return KmsJoin.from_bytes(data) if data[1 : 1 + len(label)] == label else Join.from_bytes(data)
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt(Statement):
     """The enclave's acknowledgement that it admitted a join. It holds no row count, since the host reads it (stm-2)."""

@@ -20,7 +20,7 @@ from parley_coordinator.sessions import parties, refused_by_kms
 from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import RefusedError, UnavailableError, VerificationError
-from parley_protocol.transcript import KmsJoin, kms_context
+from parley_protocol.transcript import Join, KmsJoin, kms_context
 from parley_protocol.v1 import enclave_pb2 as pb
 from support.desk import MEMBERS, NOW, STRANGER, Desk, key, make_agreement
 from support.enclave import Party, rows_of, until
@@ -279,7 +279,8 @@ def test_a_party_that_has_joined_by_itself_is_left_alone(made: Put) -> None:
     ready(made)
     session = Enclave(made, good)
     with made.desk.store.write() as store:
-        ordinary = MEMBERS["ann"].sign(b"no join by KMS")
+        join = Join(bytes(48), "ann", (bytes(48),), b"sealed", bytes(48), bytes(32))
+        ordinary = MEMBERS["ann"].sign(join.to_bytes())
         store.add(JoinRow(number=1, digest=b"j", party="ann", cose=ordinary, receipt=b"r", code="", at_ms=NOW))
     session.tried()
     assert session.asked == []
