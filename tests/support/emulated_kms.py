@@ -17,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from parley_deploy.kms import server
+from parley_deploy.kms import process
 from parley_deploy.kms.accounts import Accounts, Credentials
 from parley_deploy.kms.envelope import spki_of
 from parley_deploy.pki import LocalRoot
@@ -55,12 +55,12 @@ class Kms:
     def start(self, *options: str, at_ms: int = documents.NOW) -> str:
         """Starts it, or finds it running."""
         ahead = (at_ms - time.time_ns() // 1_000_000) // 1000
-        self.url = server.start(self.folder, self.root, "--clock-ahead", str(ahead), *options)
+        self.url = process.start(self.folder, self.root, "--clock-ahead", str(ahead), *options)
         return self.url
 
     def stop(self, **how: Any) -> None:
         """Ends it."""
-        server.stop(self.folder, **how)
+        process.stop(self.folder, **how)
 
     def session(self, arn: str = ADMIN, credentials: Credentials | None = None) -> boto3.Session:
         """boto3 as one of the identities, or with other credentials."""

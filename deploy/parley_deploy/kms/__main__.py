@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from parley_deploy.kms import server
+from parley_deploy.kms import process, server
 from parley_deploy.kms.accounts import Accounts
 from parley_deploy.kms.envelope import FORMS
-from parley_deploy.kms.server import StartError
+from parley_deploy.kms.process import StartError
 from parley_deploy.kms.service import Service, Settings
 from parley_deploy.kms.tokens import TokenService
 from parley_deploy.pki import LocalRoot
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = ["--listen", options.listen, "--form", options.form, "--clock-ahead", str(options.clock_ahead)]
     try:
         if not options.foreground and not options.behind:
-            print(server.start(options.dir, options.root, *passed))
+            print(process.start(options.dir, options.root, *passed))
             return 0
         # Held by the process that stays: a lock survives a fork.
-        with server.hold(options.dir):
+        with process.hold(options.dir):
             if options.behind:
                 if os.fork():
                     return 0

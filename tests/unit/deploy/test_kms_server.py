@@ -18,10 +18,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from parley_deploy.kms import server
+from parley_deploy.kms import process
 from parley_deploy.kms.accounts import Accounts, Credentials
 from parley_deploy.kms.envelope import spki_of
-from parley_deploy.kms.server import StartError
+from parley_deploy.kms.process import StartError
 from parley_enclave.recipient import Recipient
 from parley_protocol import cose
 from parley_protocol.attestation.document import extended
@@ -466,7 +466,7 @@ def test_a_killed_emulator_comes_back_with_all_that_it_answered(tmp_path: Path) 
         admin.disable_key(KeyId=disabled)
         before = json.loads((kms.folder / "keys.json").read_text())
         kms.stop(signal_=signal.SIGKILL)
-        assert server.serving(kms.folder) is None
+        assert process.serving(kms.folder) is None
         assert kms.start() == url, "clients know it by its address"
         # Its clock is not part of its state, and neither are the forms of its answers.
         admin.update_key_description(KeyId=key, Description="changed")
@@ -493,11 +493,11 @@ def test_an_emulator_is_started_once_and_says_why_it_does_not_start(tmp_path: Pa
     try:
         assert len(set(urls)) == 1 and len(urls) == 3
         with pytest.raises(StartError, match="not HOST:PORT"):
-            server.start(tmp_path / "other", kms.root, "--listen", "nowhere")
+            process.start(tmp_path / "other", kms.root, "--listen", "nowhere")
         with pytest.raises(StartError, match="no local root"):
-            server.start(tmp_path / "other", tmp_path / "none")
+            process.start(tmp_path / "other", tmp_path / "none")
         with pytest.raises(StartError, match="in use"):
-            server.start(tmp_path / "other", kms.root, "--listen", urls[0].removeprefix("http://"))
+            process.start(tmp_path / "other", kms.root, "--listen", urls[0].removeprefix("http://"))
     finally:
         kms.stop()
 
