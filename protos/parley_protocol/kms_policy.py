@@ -44,11 +44,11 @@ MANAGING: Final = (
     "kms:UntagResource",
     "kms:UpdateKeyDescription",
 )
-"""What the party's administrators may. Changing the policy is among it, since a key whose policy nobody can change is lost."""
+"""What the party's administrators may (pol-2). Changing the policy is among it, since a key whose policy nobody can change is lost."""
 SEALING: Final = ("kms:DescribeKey", "kms:Encrypt", "kms:GetKeyPolicy", "kms:ListGrants")
-"""What the party's client does: it reads the policy and the grants, then encrypts."""
+"""What the party's client does (pol-3): it reads the policy and the grants, then encrypts."""
 OPENING: Final = ("kms:Decrypt",)
-"""What the coordinator may do, with the document of an accepted enclave."""
+"""What the coordinator may do (pol-4), with the document of an accepted enclave."""
 
 _ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[A-Za-z0-9+=,.@_/-]+")
 _IDENTITY: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:(?:role|user)/[A-Za-z0-9+=,.@_/-]+")
@@ -63,7 +63,7 @@ _OPENS: Final = frozenset(
 )
 """Actions by which somebody gets at what the key sealed, or lets others."""
 
-HARMLESS_GRANTS: Final = frozenset({"DescribeKey", "Encrypt", "GenerateDataKeyWithoutPlaintext", "RetireGrant"})
+HARMLESS_GRANTS: Final = frozenset({"DescribeKey", "Encrypt", "RetireGrant"})
 """Operations of a grant by which nobody gets at what the key sealed."""
 
 
@@ -87,7 +87,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Principals:
-    """Who stands in the policy: the coordinator's role, and the party's own identities, by ARN.
+    """Who stands in the policy (pol-1): the coordinator's role, and the party's own identities, by ARN.
 
     `administrators` manage the key and cannot use it; `sealers` run the party's client.
     """
@@ -111,7 +111,7 @@ class Principals:
 
 
 def accepted_by(agreement: Agreement) -> tuple[Accepted, ...]:
-    """The images of an agreement, none for longer than the agreement itself."""
+    """The images of an agreement, none for longer than the agreement itself (pol-5)."""
     return tuple(
         Accepted(
             image.pcr0,
@@ -124,7 +124,7 @@ def accepted_by(agreement: Agreement) -> tuple[Accepted, ...]:
 
 
 def key_policy(agreement: bytes, accepted: Sequence[Accepted], principals: Principals) -> dict[str, Any]:
-    """The policy (key-1 to key-4). `agreement`: the digest that PCR16 holds; AgreementError where there is no image."""
+    """The policy (pol-1 to pol-5). `agreement`: the digest that PCR16 holds; AgreementError where there is no image."""
     if len(agreement) != limits.PCR_BYTES:
         raise _problem("agreement", "not a digest of 48 bytes")
     if not accepted:
@@ -234,7 +234,7 @@ class _Facts:
 
 
 def differences(live: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of the policy that stands there (`read`) is not as it must be, in words; nothing where they say the same.
+    """What of the policy that stands there (`read`) is not as it must be, in words; nothing where they say the same (pol-6).
 
     Order, the names of statements and lists of one are no differences. What AWS shows by an id is an identity that was
     deleted, whatever it was called.
@@ -283,7 +283,7 @@ def _sets(live: frozenset[str], wanted: frozenset[str], what: str, show: Callabl
 
 
 def revoked(live: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The policy that stands there without what lets enclaves get at what the key sealed, and the statements that went."""
+    """The policy that stands there without the statements that let enclaves decrypt, and what they said (pol-7)."""
     kept: list[Mapping[str, Any]] = []
     gone: list[Mapping[str, Any]] = []
     for statement in live["Statement"]:

@@ -14,7 +14,7 @@ import boto3
 from botocore.config import Config
 
 from parley.kms import Key
-from parley_deploy.kms import server
+from parley_deploy.kms import process
 from parley_deploy.kms.accounts import Accounts, Credentials
 from parley_protocol import kms_policy
 from parley_protocol.agreement.key_arn import KeyArn
@@ -105,4 +105,4 @@ def aws(folder: Path, root: Path) -> Iterator[Aws]:
     try:
         yield Aws(folder, root)
     finally:
-        server.stop(folder)
+        process.stop(folder)

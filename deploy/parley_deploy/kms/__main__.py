@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from parley_deploy.kms import server
+from parley_deploy.kms import process, server
 from parley_deploy.kms.accounts import Accounts
 from parley_deploy.kms.envelope import FORMS
-from parley_deploy.kms.server import StartError
+from parley_deploy.kms.process import StartError
 from parley_deploy.kms.service import Service, Settings
 from parley_deploy.kms.tokens import TokenService
 from parley_deploy.pki import LocalRoot
@@ -23,20 +24,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     passed = ["--listen", options.listen, "--form", options.form, "--clock-ahead", str(options.clock_ahead)]
     try:
-        if not options.foreground:
-            print(server.start(options.dir, options.root, *passed))
+        if not options.foreground and not options.behind:
+            print(process.start(options.dir, options.root, *passed))
             return 0
-        options.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        settings = Settings(
-            root_sha256=LocalRoot.load(options.root).sha256,
-            now_ms=lambda: time.time_ns() // 1_000_000 + options.clock_ahead * 1000,
-            forms=FORMS if options.form == "both" else (options.form,),
-        )
-        service = Service(options.dir, settings)
-        return server.run(options.dir, options.listen, service, TokenService(Accounts(options.dir), settings.now_ms))
+        # Held by the process that stays: a lock survives a fork.
+        with process.hold(options.dir):
+            if options.behind:
+                if os.fork():
+                    return 0
+                os.setsid()
+            return _serve(options)
     except (StartError, ParleyError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = Settings(
+        root_sha256=LocalRoot.load(options.root).sha256,
+        now_ms=lambda: time.time_ns() // 1_000_000 + options.clock_ahead * 1000,
+        forms=FORMS if options.form == "both" else (options.form,),
+    )
+    service = Service(options.dir, settings)
+    return server.run(options.dir, options.listen, service, TokenService(Accounts(options.dir), settings.now_ms))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, required=True, help="folder of the local root of attestation documents")
     parser.add_argument("--listen", default="127.0.0.1:0", help="HOST:PORT; port 0: the one of before, or any")
     parser.add_argument("--foreground", action="store_true", help="serve in this process")
+    parser.add_argument("--behind", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--form", choices=[*FORMS, "both"], default="both", help="of the encrypted content; both: in turn"
     )

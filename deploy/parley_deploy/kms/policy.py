@@ -84,7 +84,10 @@ def _check(statement: object, *, resource_policy: bool) -> None:
     named = statement.keys() & {"Principal", "NotPrincipal"}
     if len(named) != int(resource_policy):
         raise malformed_policy("Policy contains a statement with no principal, or with one where none belongs")
-    for operator, tests in statement.get("Condition", {}).items():
+    conditions = statement.get("Condition", {})
+    if not isinstance(conditions, dict) or not all(isinstance(tests, dict) for tests in conditions.values()):
+        raise malformed_policy("Policy contains a statement whose Condition is no structure")
+    for operator, tests in conditions.items():
         base = _base(operator)
         if base not in _OPERATORS and base != "Null":
             raise malformed_policy(f"Policy contains an unknown condition operator: {operator}")

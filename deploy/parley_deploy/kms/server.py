@@ -1,18 +1,12 @@
-"""The server, and how it is started and left running.
-
-DIR holds `accounts.json`, `keys.json` (the state, whole after every change), `endpoint` (the URL), `pid` and `log`. A
-server that is started again in the same DIR has the same keys and, where port 0 was asked for, the same port.
-"""
+"""The server: HTTP as boto3 speaks it, in front of the service."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
+import traceback
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,19 +14,13 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from parley_deploy.kms.errors import KmsError
+from parley_deploy.kms.process import ENDPOINT, StartError
 from parley_deploy.kms.service import Service
 from parley_deploy.kms.tokens import TokenService
 
 BODY_BYTES: Final = 1 << 20
-START_SECONDS: Final = 60
-"""How long it may take to answer: it imports moto, and makes what moto makes for each key."""
 CONTENT_TYPE: Final = "application/x-amz-json-1.1"
-ENDPOINT: Final = "endpoint"
 _TARGET: Final = "TrentService."
-
-
-class StartError(Exception):
-    """The emulator did not start: the message says why."""
 
 
 class Server(ThreadingHTTPServer):
@@ -79,6 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
             word = "ok"
         except KmsError as error:
             status, answer, word = error.status, json.dumps(error.body()).encode(), f"{error.code}: {error.message}"
+        except Exception:  # noqa: BLE001  # AWS answers its own faults as well; the log says which it was
+            traceback.print_exc()
+            status, answer, word = 500, json.dumps(KmsError("KMSInternalException").body()).encode(), "a fault"
         self.log_message("%s %s", target.removeprefix(_TARGET), word)
         self._send(status, CONTENT_TYPE, answer)
 
@@ -95,19 +86,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def run(folder: Path, listen: str, service: Service, tokens: TokenService) -> int:
-    """Serves in this process until SIGTERM; 0. StartError where another serves the folder or the address is taken."""
-    lock = (folder / "lock").open("a")
+    """Serves in this process, which holds the folder, until SIGTERM; 0. StartError where the address is taken."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StartError(f"{folder}: another emulator serves it") from None
-    host, port = _address(folder, listen)
-    try:
-        server = Server((host, port), service, tokens)
+        server = Server(_address(folder, listen), service, tokens)
     except OSError as error:
         raise StartError(f"{listen}: {error.strerror}") from None
-    (folder / "pid").write_text(f"{os.getpid()}\n")
     (folder / ENDPOINT).write_text(f"{server.url}\n")
+    (folder / "pid").write_text(f"{os.getpid()}\n")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     print(f"KMS, emulated, at {server.url}", flush=True)
     try:
@@ -115,7 +100,6 @@ def run(folder: Path, listen: str, service: Service, tokens: TokenService) -> in
     finally:
         server.server_close()
         (folder / "pid").unlink(missing_ok=True)
-        lock.close()
     return 0
 
 
@@ -128,59 +112,3 @@ def _address(folder: Path, listen: str) -> tuple[str, int]:
         # Clients know it by its address.
         return host, urlsplit(before.read_text().strip()).port or 0
     return host, int(port)
-
-
-def serving(folder: Path) -> str | None:
-    """The URL of the emulator that serves a folder now; None where none does."""
-    try:
-        with (folder / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        if (folder / "pid").exists() and (folder / ENDPOINT).exists():
-            return (folder / ENDPOINT).read_text().strip()
-    return None
-
-
-def start(folder: Path, root: Path, *options: str) -> str:
-    """Leaves an emulator running and gives its URL; the one that runs already where one does. StartError.
-
-    `root`: folder of the local root. `options`: more of the command line, such as "--form", "octets".
-    """
-    folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if (url := serving(folder)) is not None:
-        return url
-    (folder / "pid").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "parley_deploy.kms", "--dir", str(folder), "--root", str(root.resolve())]
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, "--foreground", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        if (url := serving(folder)) is not None:
-            return url
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    lines = (folder / "log").read_text("utf-8", errors="replace").splitlines()
-    raise StartError(f"the emulated KMS did not start: {lines[-1] if lines else 'it said nothing'}")
-
-
-def stop(folder: Path, *, signal_: int = signal.SIGTERM) -> None:
-    """Ends the emulator of a folder, if one runs, and waits until it is gone. `signal_`: how, SIGKILL included."""
-    if serving(folder) is None:
-        return
-    pid = int((folder / "pid").read_text())
-    os.kill(pid, signal_)
-    end = time.monotonic() + START_SECONDS
-    while serving(folder) is not None:
-        if time.monotonic() > end:
-            raise TimeoutError(f"the emulated KMS with pid {pid} does not end")
-        time.sleep(0.02)

@@ -187,17 +187,15 @@ class Service:
         of_key = policies.decide(json.loads(key.policy), request, resource_policy=True)
         granted = any(_grants(grant, call, request) for grant in key.grants.values())
         stranger = caller.account != key.account_id
-        if not of_key.denied:
-            if (of_key.direct or granted) and (allowed or not stranger):
-                return
-            if of_key.account and allowed:
-                return
-        if stranger:
-            raise _no_access(call, who, key)
-        if of_key.denied:
-            reason = "with an explicit deny in a resource-based policy"
-        elif of_key.account:
+        named = of_key.direct or granted
+        if not of_key.denied and ((named and not stranger) or ((named or of_key.account) and allowed)):
+            return
+        if not of_key.denied and (named or of_key.account):
             reason = f"because no identity-based policy allows the {action} action"
+        elif stranger:
+            raise _no_access(call, who, key)
+        elif of_key.denied:
+            reason = "with an explicit deny in a resource-based policy"
         else:
             reason = f"because no resource-based policy allows the {action} action"
         raise KmsError("AccessDeniedException", f"{who} on resource: {key.arn} {reason}")
