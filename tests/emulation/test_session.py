@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -31,7 +31,7 @@ from support.enclave import Host, Simulation, agreement_of, identities, signed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 NAMES = ("ann", "bob", "cyd")
-OPTIONS = {"analysts": ["cyd"], "start": ("ann", "cyd")}
+OPTIONS: dict[str, Any] = {"analysts": ["cyd"], "start": ("ann", "cyd")}
 FRAMES = {"ann": frame_of(1, rows=5000, people=400), "bob": frame_of(2, rows=3000, people=300)}
 
 

@@ -45,12 +45,14 @@ class Aws:
 
     def client(self, arn: str) -> KMSClient:
         """KMS as one of the three."""
+        found = self.credentials[arn]
         return boto3.client(
             "kms",
             endpoint_url=self.url,
             region_name=REGION,
             config=Config(retries={"total_max_attempts": 1}),
-            **self.credentials[arn].arguments(),  # type: ignore[arg-type]
+            aws_access_key_id=found.access_key,
+            aws_secret_access_key=found.secret_key,
         )
 
     def make_key(self) -> KeyArn:

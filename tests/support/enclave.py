@@ -23,6 +23,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from parley.kms import Key
 from parley_deploy.nsm import LocalRoot, SimulatedNsm, image_measurements, serve
 from parley_deploy.pki import system_now_ms
 from parley_protocol import framing, hpke, table
@@ -532,7 +533,7 @@ class Party:
             uploads=self._signed_uploads(),
         )
 
-    def kms_join(self, kms: PaperKms, number: int = 1, /, **wrong: Any) -> pb.KmsJoin:
+    def kms_join(self, kms: PaperKms | Key, number: int = 1, /, **wrong: Any) -> pb.KmsJoin:
         """A KMS join, to which session and answer are to be added; `wrong` replaces fields of the statement."""
         digests = tuple(sealed.upload.digest for sealed in self.sealed)
         share = self.identity.derive(b"parley/1/noise-share", kms_share_context(self.agreement.digest, digests), 32)
