@@ -105,8 +105,11 @@ class KmsPlay(Play):
         self.everyone(lambda name: ["join", session, "--no-wait"], shown=starter, only=others)
         self._until(session, {**dict.fromkeys(others, "joined"), AWAY: "joined", REVOKING: "refused"})
         self.one(starter, ["status", session])
+        refused = self.one(starter, ["status", session, "--json"], shown=False).json()[0]["refused"]
+        if refused != {REVOKING: "revoked"}:
+            raise DemoError(f"refused: {refused}")
         self.screen.remark(f"{AWAY} is in by its key, without having done anything; {REVOKING} is not")
-        self.one(starter, ["start", session], code=Exit.UNAVAILABLE)
+        self.one(starter, ["start", session], code=Exit.REFUSED)
         self.one(REVOKING, ["inbox"])
 
     def _until(self, session: str, wanted: Mapping[str, str]) -> None:
