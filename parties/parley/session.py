@@ -199,8 +199,7 @@ class Session:
                     "nothing is known here of this series: restore your state, or trust a head that another member tells you"
                 )
             series = self._state.trust(self.agreement, trust_head)
-        if series.newest.agreement != self.agreement.digest:
-            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
+        self._check_newest(series)
         lineage = self._connection.lineage(self.agreement)
         nonce = secrets.token_bytes(32)
         reply = self._transport.attest(self.id, nonce)
@@ -213,6 +212,10 @@ class Session:
         )
         self._image = seen_image(self.agreement, verified.enclave)
         return _Verified(verified, reply.document, chain)
+
+    def _check_newest(self, series: Series | None) -> None:
+        if series is not None and series.newest.agreement != self.agreement.digest:
+            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
 
     def _follow(self, series: Series, lineage: Sequence[Agreement], head: bytes) -> ChainState:
         """The verified chain up to `head`; up to what was verified before where `head` does not follow it (then the
@@ -405,6 +408,7 @@ class Session:
         """
         with self._state.joining(self.agreement.series):
             _tell(progress, "join", 0, 1)
+            self._check_newest(self._state.series(self.agreement.series))
             uploads = self._uploads(tables)
             known = self._state.kms_join(self.agreement.digest)
             key = self.kms_key(kms_key)

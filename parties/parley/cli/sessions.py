@@ -538,7 +538,7 @@ def status(
     out.line("phase", f"{state.phase}{percent}{code}")
     if state.phase in ("launching", "open"):
         out.line("until", when(state.deadline_ms))
-    out.columns([(f"  {party}", phase) for party, phase in state.parties])
+    out.columns([(f"  {party}", _phase(state, party, phase)) for party, phase in state.parties])
     _say_image(found, out)
     out.result(
         session=found.id.hex(),
@@ -549,8 +549,14 @@ def status(
         percent=state.percent,
         deadline_ms=state.deadline_ms,
         parties=dict(state.parties),
+        refused=dict(state.refused),
         **_image_facts(found),
     )
+
+
+def _phase(state: SessionStatus, party: str, phase: str) -> str:
+    code = state.refused.get(party)
+    return phase if code is None else f"{phase} ({code})"
 
 
 def watch(
