@@ -241,6 +241,7 @@ class Play:
         # More variables of the environments of members and of OPERATOR.
         self.environments: dict[str, Mapping[str, str]] = {}
         self.closing = ExitStack()
+        self.stack = local.Stack(folder / "operator")
 
     def run(self) -> Played:
         """The whole demo; DemoError where a command does not end as it must."""
@@ -248,8 +249,8 @@ class Play:
         with ExitStack() as closing:
             stack = local.Stack.made(self.folder / "operator", listen=f"127.0.0.1:{local.free_port()}")
             closing.callback(stack.stop)
-            self.closing = closing
-            self.prepare(stack)
+            self.stack, self.closing = stack, closing
+            self.prepare()
             self.nursery = Nursery(self.folder)
             closing.callback(self.nursery.close)
             # The operator's work and the members' own go on side by side.
@@ -276,7 +277,7 @@ class Play:
 
     # What a demo may add
 
-    def prepare(self, _stack: local.Stack) -> None:
+    def prepare(self) -> None:
         """Before the coordinator starts."""
 
     def text(self) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from parley.cli.exits import Exit
-from parley_deploy import local
 from parley_deploy.demo import COMMAND_SECONDS, OPERATOR, DemoError, Member, Play
 from parley_deploy.kms import process
 from parley_deploy.kms.accounts import Accounts, Credentials
@@ -32,13 +31,13 @@ COORDINATOR: Final = "arn:aws:iam::111111111111:role/parley-parent"
 class KmsPlay(Play):
     """The demo. Keys are made before the agreement, which names them."""
 
-    def prepare(self, _stack: local.Stack) -> None:
+    def prepare(self) -> None:
         """Starts KMS, makes the accounts and the keys, and tells the coordinator where KMS is."""
         folder = self.folder / "aws"
         accounts = Accounts(folder)
         self.closing.callback(process.stop, folder)
-        url = process.start(folder, _stack.root)
-        file = _stack.folder / "coordinator.toml"
+        url = process.start(folder, self.stack.root)
+        file = self.stack.folder / "coordinator.toml"
         text = file.read_text("utf-8")
         if '# endpoint = ""' not in text:
             raise DemoError(f"{file}: no place for KMS")

@@ -274,7 +274,6 @@ class Service:
             raise constraint("…", "ciphertextBlob", f"have length from 1 to {CIPHERTEXT_BYTES}")
         recipient = self._recipient(call)
         named = self._key(call) if call.parameters.get("KeyId") else None
-        # Nobody learns from a ciphertext whether a key exists that they may not use.
         key = named or self._of_blob(call, blob)
         self._authorise(call, key, recipient=recipient, keys=_algorithm(call))
         _usable(key)
