@@ -21,6 +21,8 @@ from parley_protocol.errors import MalformedError
 EIF_RATIO: Final = 4
 """Memory of an enclave to the size of its image: nitro-cli refuses less (E26)."""
 PARENT_CID: Final = 3
+QEMU: Final = "qemu-system-x86_64"
+"""What the emulator runs, on every machine."""
 SOON: Final = timedelta(days=30)
 """What ends before this is told."""
 _DRIVER: Final = "/sys/module/nitro_enclaves"
@@ -227,9 +229,10 @@ def image(path: Path | None, kind: str, config: Config, system: System) -> list[
         return [fail("image", f"{path}: {error.message}", "copy or build it anew")]
     registers = " ".join(f"PCR{number}={value.hex()}" for number, value in sorted(found.pcrs.items()))
     checks = [ok("image", f"{path}, {found.size} bytes; {registers}")]
-    if found.architecture != _architecture(system.machine):
-        do = "build the image for this machine"
-        checks.append(fail("image-machine", f"for {found.architecture}; this machine is {system.machine}", do))
+    machine = _architecture(system.machine) if kind == "nitro" else measurement.Architecture.X86_64
+    if found.architecture != machine:
+        said = f"for {found.architecture}; enclaves here are {machine}"
+        checks.append(fail("image-machine", said, f"build the image for {machine}"))
     if found.pcrs[2] == measurement.EMPTY_PCR:
         do = "build it with the application in a ramdisk of its own, as parley_deploy.image does"
         checks.append(warn("image-parts", "one ramdisk: PCR2 tells nothing", do))
@@ -269,8 +272,7 @@ def emulator(config: Local, system: System) -> list[Check]:
 
 def qemu(config: Local, system: System) -> Check:
     """A QEMU in PATH, or the one that the emulator keeps in a folder."""
-    program = f"qemu-system-{_architecture(system.machine)}"
-    found = system.which(program)
+    found = system.which(QEMU)
     if found is not None:
         return ok("qemu", found)
     named = _after(config.command, "--qemu") or system.environ.get("PARLEY_QEMU_DIR")
@@ -278,7 +280,7 @@ def qemu(config: Local, system: System) -> Check:
     folder = Path(named or f"{cache}/parley/qemu")
     if (folder / "ready.json").is_file():
         return ok("qemu", str(folder))
-    said = f"{program} is neither in PATH nor in {folder}"
+    said = f"{QEMU} is neither in PATH nor in {folder}"
     return fail("qemu", said, "get one with `python -m parley_deploy.emulator.qemu`")
 
 

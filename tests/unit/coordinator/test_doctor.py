@@ -271,6 +271,9 @@ def test_the_image_is_there_whole_and_small_enough(parent: Parent) -> None:
 def test_an_image_for_another_machine(parent: Parent) -> None:
     parent.system = replace(parent.system, machine="aarch64")
     assert examined(parent, "image-machine").verdict is FAIL
+    # The emulator has a machine of its own.
+    emulated = configuration.from_tree({"launcher": {"kind": "qemu"}}, parent.config.folder)
+    assert "image-machine" not in [check.name for check in doctor.examine(emulated, parent.system)]
 
 
 def test_debug_mode_is_told(parent: Parent) -> None:
