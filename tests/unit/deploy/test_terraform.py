@@ -128,6 +128,8 @@ def _instance(module: Module) -> Iterator[str]:
     for fact in ("nitro_enclaves_support", "burstable_performance_supported", "bare_metal", "supported_architectures"):
         if fact not in conditions:
             yield f"EC2 is not asked for {fact}"
+    if instance["lifecycle"][0].get("ignore_changes") != ["launch_template"]:
+        yield "an apply replaces the instance unasked"
     [data] = module.of_type("aws_ebs_volume")
     if data.get("lifecycle") != [{"prevent_destroy": True}]:
         yield "the data volume can be destroyed"
@@ -242,6 +244,7 @@ def test_the_rules_hold() -> None:
         ("operator/storage.tf", "encrypted         = true", "", "not encrypted"),
         ("operator/storage.tf", "prevent_destroy = true", "prevent_destroy = false", "can be destroyed"),
         ("operator/instance.tf", "nitro_enclaves_support == ", "hypervisor == ", "nitro_enclaves_support"),
+        ("operator/instance.tf", "ignore_changes = [launch_template]", "", "unasked"),
         ("operator/network.tf", "from_port         = 7443", "from_port = 22", "other than 7443"),
         ("operator/network.tf", "cidr_ipv4         = each.value", 'cidr_ipv4 = "0.0.0.0/0"', "others than the members"),
         ("operator/network.tf", '  name        = "${var.name}-parent"', "  ingress {}\n", "inside a security group"),
