@@ -6,6 +6,7 @@ that they use, as the AWS provider publishes them; a type that is not in it is a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ def load(folder: Path) -> Module:
         found[kind][name] = body
 
     for path in sorted(folder.glob("*.tf")):
-        for kind, blocks in hcl2.loads(path.read_text("utf-8")).items():
+        for kind, blocks in _parsed(path.read_text("utf-8")).items():
             if kind in _MARKS:
                 continue
             if kind not in found and kind != "data":
@@ -84,6 +85,13 @@ def load(folder: Path) -> Module:
         found["terraform"],
         found["provider"],
     )
+
+
+@functools.lru_cache
+def _parsed(text: str) -> Mapping[str, Any]:
+    # Most files are read many times, and parsing is slow. `_plain` copies what it takes from the tree.
+    parsed: Mapping[str, Any] = hcl2.loads(text)
+    return parsed
 
 
 def problems(module: Module) -> list[str]:
