@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         machine = build(options.dir)
-    except (BuildError, DebianError) as error:
+    except (BuildError, DebianError, OSError) as error:
         print(f"qemu: {error}", file=sys.stderr)
         return 1
     print(f"{machine.program} (QEMU {machine.version})")
