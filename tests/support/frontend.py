@@ -175,6 +175,14 @@ class Virtqueue:
         front.done(Request.SET_VRING_KICK, struct.pack("<Q", self.index), [self.kick_descriptor])
         front.done(Request.SET_VRING_ENABLE, struct.pack("<II", self.index, 1))
 
+    def renew(self) -> None:
+        """Empty, as a driver makes it when it starts."""
+        self.given = self.seen = 0
+        self.unused = deque(range(RING))
+        self.chains.clear()
+        for place in (self.available, self.used):
+            struct.pack_into("<HH", self.front.memory, place, 0, 0)
+
     def describe(self, number: int, address: int, length: int, flags: int, following: int = 0) -> None:
         """One descriptor, of any kind."""
         struct.pack_into("<QIHH", self.front.memory, self.table + 16 * number, address, length, flags, following)

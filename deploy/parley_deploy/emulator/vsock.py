@@ -382,8 +382,11 @@ class VsockDevice(Device):
         self._watch(stream)
 
     def _watch(self, stream: Stream) -> None:
-        """Asks the loop for the events that can be used now."""
+        """Asks the loop for the events that can be used now; closes a stream whose socket has no more of them."""
         if stream.closing or self._streams.get(stream.key) is not stream:
+            return
+        if stream.hung and stream.socket_ended:
+            self._close(stream)
             return
         reads = stream.open and not stream.socket_ended and not stream.held
         events = (READ if reads else 0) | (WRITE if stream.backlog else 0)
@@ -407,8 +410,6 @@ class VsockDevice(Device):
             return
         if what & READ and stream.open and not stream.socket_ended and not stream.held:
             self._send(stream)
-        elif stream.hung and stream.socket_ended:
-            self._close(stream)
         else:
             self._watch(stream)
 
