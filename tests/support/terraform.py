@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import hcl2  # type: ignore[import-not-found,unused-ignore]
+import hcl2
 
 SCHEMA: Final[Mapping[str, Any]] = json.loads((Path(__file__).parent / "aws_schema.json").read_text("utf-8"))
 META: Final = {"count", "for_each", "depends_on", "lifecycle", "provider"}

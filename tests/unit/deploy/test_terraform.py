@@ -22,8 +22,6 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-pytest.importorskip("hcl2", reason="NO HCL PARSER: python-hcl2 is not installed")
-
 from parley_coordinator import config
 from support import terraform
 from support.terraform import Module
