@@ -35,8 +35,9 @@ TOOLS: Final = (
     *("libacl1", "libattr1", "libcap2", "libselinux1", "libpcre2-8-0", "libssl3t64"),
 )
 """Packages that compile one module of the kernel; nothing of them is in the image."""
-KERNEL_META: Final = ("linux-image-cloud-amd64", "linux-headers-cloud-amd64")
-"""Packages that depend on the newest kernel of the suite and its headers."""
+KERNEL_META: Final = "linux-image-amd64"
+"""The package that depends on the newest kernel of the suite. The one for clouds sees no second CPU without ACPI: it lacks
+X86_MPPARSE."""
 KERNEL_SOURCE: Final = "linux-source-6.12"
 
 MODULES: Final = (

@@ -32,7 +32,7 @@ def extract(lock: Lock, debs: Mapping[str, Path], work: Path) -> tuple[Path, dic
     """
     tree = work / "kernel"
     unpack(debs[lock.image], tree)
-    release = f"{lock.release}-cloud-amd64"
+    release = f"{lock.release}-amd64"
     modules = {}
     for module in contents.MODULES:
         path = tree / "usr/lib/modules" / release / "kernel" / f"{module}.ko.xz"
