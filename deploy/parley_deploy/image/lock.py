@@ -89,12 +89,15 @@ class Lock:
         named = (*contents.RUNTIME, *contents.TOOLS, self.image, *self.headers, contents.KERNEL_SOURCE)
         return sorted(set(named))
 
-    def fetch(self, archive: Archive, handed: Path | None) -> dict[str, Path]:
-        """The file of every package: from the folder `handed` where it has one of the right digest, else from the archive.
+    def fetch(self, archive: Archive, folders: Iterable[Path]) -> dict[str, Path]:
+        """The file of every package: from one of `folders` that has one of the right digest, else from the archive.
 
         ImageError names the first package that is nowhere to be had, or is another one.
         """
-        found = {} if handed is None else _by_digest(handed, {one.sha256: one.name for one in self.packages.values()})
+        digests = {package.sha256: package.name for package in self.packages.values()}
+        found: dict[str, Path] = {}
+        for folder in folders:
+            found = _by_digest(folder, digests) | found
         missing = {name: self.packages[name].version for name in self.wanted() if name not in found}
         try:
             if missing:
