@@ -51,7 +51,8 @@ def measured(image: Path) -> Measurement:
     command = [sys.executable, "-m", "parley.cli", "measure", "--json", str(image)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads(said)["Measurements"]
-    made = Measurement(*(bytes.fromhex(found[f"PCR{index}"]) for index in (0, 1, 2)))
+    pcr0, pcr1, pcr2 = (bytes.fromhex(found[f"PCR{index}"]) for index in (0, 1, 2))
+    made = Measurement(pcr0, pcr1, pcr2)
     assert made == measurement_of(image)
     return made
 
