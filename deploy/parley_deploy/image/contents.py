@@ -98,11 +98,8 @@ _WHEEL_DROPS: Final = (
     ),
     *("*/tests/*", "*/test/*", "*/conftest.py", "*/_test*", "*/_*_tests.*", "*/_examples/*", "*.data/headers/*"),
     *("*.dist-info/[!l]*", "*.dist-info/licenses/*/*"),
-    # numpy imports these when somebody asks for them. cryptography needs the library of cffi alone.
-    *(
-        f"numpy/{part}/*"
-        for part in ("f2py", "fft", "ma", "polynomial", "random", "testing", "_pyinstaller", "_core/lib")
-    ),
+    # numpy imports these when somebody asks for them alone (but `ma`, which np.unique needs). cryptography needs the library of cffi alone.
+    *(f"numpy/{part}/*" for part in ("f2py", "random", "testing", "_pyinstaller", "_core/lib")),
     *("numpy/_core/include/*", "cffi/*", "pycparser/*"),
 )
 APPLICATION: Final = ("parley_protocol", "parley_enclave")
