@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -26,6 +27,7 @@ SOCKET_PATH_BYTES: Final = 107
 RETRY_MS: Final = 30_000
 """When to ask again, where an enclave did not start or none is free."""
 STOP_S: Final = 5.0
+_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,11 @@ class LocalLauncher:
     def __init__(self, config: Local, most: int) -> None:
         self._config = config
         self._most = most
+        # Held while folders are counted, made and removed; never while an enclave starts.
         self._lock = threading.Lock()
+        # Folders whose enclave is being started: each takes a place, and nothing that does not answer yet has ended.
+        self._starting: set[str] = set()
+        self._closing = threading.Event()
         self._images = Images(now_ms)
         longest = len(os.fsencode(config.folder / "00000000" / "enclave.sock"))
         if longest > SOCKET_PATH_BYTES:
@@ -88,18 +94,22 @@ class LocalLauncher:
         if self._config.image is not None:
             self._images.check(self._config.image, f"{self._config.section}.image", wanted)
         with self._lock:
-            if len(self._alive()) >= self._most:
+            if len(self._alive()) + len(self._starting) >= self._most:
                 raise no_capacity(self._most)
             folder = self._config.folder / secrets.token_hex(4)
             folder.mkdir(mode=0o700)
             (folder / "handle.json").write_text(json.dumps({"agreement": wanted.digest.hex()}), encoding="utf-8")
-            handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
-            try:
-                self._start(folder, wanted.digest)
-            except BaseException:
-                self._stop(handle)
-                raise
-            return handle
+            self._starting.add(folder.name)
+        handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
+        try:
+            self._start(folder, wanted.digest)
+        except BaseException:
+            self._stop(handle)
+            raise
+        finally:
+            with self._lock:
+                self._starting.discard(folder.name)
+        return handle
 
     def find(self) -> list[EnclaveHandle]:
         with self._lock:
@@ -113,33 +123,47 @@ class LocalLauncher:
             self._stop(handle)
 
     def close(self) -> None:
-        """Nothing: a launch has its time from the configuration, and is not given up halfway."""
+        self._closing.set()
 
     def _start(self, folder: Path, agreement: bytes) -> None:
         command = [*self._config.command, "--dir", str(folder), "--agreement-hint", agreement.hex()]
         with (folder / "launch.log").open("ab") as output:
             try:
                 # A session of its own: a signal to the coordinator's terminal is none to the enclave.
-                result = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    timeout=self._config.start_s,
-                    check=False,
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )
+                code = self._wait(process)
             except (OSError, subprocess.TimeoutExpired) as error:
                 log.warning("launch-failed", enclave=folder.name, error=type(error).__name__)
                 raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS) from error
-        if result.returncode != 0 or not _listens(folder):
+        if code != 0 or not _listens(folder):
             tail = (folder / "launch.log").read_text(encoding="utf-8", errors="replace")[-500:]
-            log.warning("launch-failed", enclave=folder.name, code=result.returncode, said=tail)
+            log.warning("launch-failed", enclave=folder.name, code=code, said=tail)
             raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code. It is killed where its time is over (TimeoutExpired) or the launcher closes (UnavailableError)."""
+        end = time.monotonic() + self._config.start_s
+        with process:
+            try:
+                while (code := process.poll()) is None:
+                    if self._closing.wait(_POLL_S):
+                        raise UnavailableError("the coordinator is stopping")
+                    if time.monotonic() > end:
+                        raise subprocess.TimeoutExpired(process.args, self._config.start_s)
+            except BaseException:
+                # What it has detached from this group has its pid files, if it is there yet; without a folder it ends.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return code
 
     def _alive(self) -> list[EnclaveHandle]:
         found = []
         for folder in sorted(self._config.folder.iterdir()):
+            if folder.name in self._starting:
+                continue
             try:
                 agreement = bytes.fromhex(json.loads((folder / "handle.json").read_text(encoding="utf-8"))["agreement"])
             except (OSError, ValueError, KeyError, TypeError):

@@ -754,8 +754,12 @@ class Live:
     def _lose_if_gone(self) -> None:
         try:
             relay.connect(self._handle.address).close()
-        except relay.GoneError:
-            self.lose("lost")
+        except relay.GoneError as error:
+            if self._handle.address.startswith("unix:"):
+                self.lose("lost")
+            else:
+                # Over vsock this is also what a listener says whose queue is full.
+                self._lose_if_ended(error)
         except UnavailableError as error:
             self._lose_if_ended(error)
 

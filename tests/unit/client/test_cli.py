@@ -273,6 +273,7 @@ def test_measure_says_whether_an_agreement_accepts_the_image(parley: Parley, tmp
     assert said["accepted"] is False and "measurement" not in said
     code, out, said = ask("signed.eif")
     assert code == exits.Exit.REFUSED and "no longer accepted: measurement 3 of 3" in out
+    assert "warning" not in out
     assert (said["accepted"], said["measurement"], said["until"]) == (False, 3, "2026-01-31")
     recorded(tmp_path / "draft", "other.eif", ramdisks=[b"boot", b"other"])
     code, out, said = ask("other.eif")

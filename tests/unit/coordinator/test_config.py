@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -109,3 +110,22 @@ def test_the_emulator_is_told_its_image_and_its_root(tmp_path: Path) -> None:
 
 def test_the_port_of_an_enclave_is_the_images(tmp_path: Path) -> None:
     assert config.defaults(tmp_path).nitro.port == ENCLAVE_PORT
+
+
+def test_the_page_of_the_operator_has_every_field(tmp_path: Path, repository: Path) -> None:
+    template = config.TEMPLATE.format(listen="127.0.0.1:7443")
+    fields, section = set(), ""
+    for line in template.splitlines()[2:]:
+        if header := re.match(r"\[([a-z.]+)\]", line):
+            section = header[1] + "."
+        elif name := re.match(r"(?:# )?([a-z_]+) = ", line):
+            fields.add(section + name[1])
+    page = (repository / "coordinator/README.md").read_text()
+    table = page.split("## Configuration")[1].split("\n## ")[0]
+    told = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([a-z_.]+)`", line.split("|")[1])
+    }
+    assert told == fields
