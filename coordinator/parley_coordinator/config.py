@@ -93,22 +93,28 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What one member key may take: bytes of uploads, uploads of one table, agreements put, watch streams at a time."""
+    """What one member key may take: bytes of uploads, uploads of one table, agreements put, watch streams and calls at a
+    time."""
 
     bytes_per_member: int = 256 << 30
     uploads_per_table: int = 64
     agreements_per_member: int = 1000
     watches_per_member: int = 32
+    calls_per_member: int = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that the enclave may take for one operation, and how often it is asked for its phase."""
+    """Seconds that the enclave may take for one operation, and how often it is asked for its phase; and those that a caller
+    may take to connect, to send a request, and between two messages of an upload."""
 
     short_s: float = 30.0
     join_s: float = 6 * 3600.0
     compute_s: float = 24 * 3600.0
     status_s: float = 1.0
+    handshake_s: float = 10.0
+    request_s: float = 30.0
+    idle_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,14 @@ class Cluster:
     lease_s: float = 10.0
     abandon_s: float = 600.0
     address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """Where metrics are told (address:port) and traces sent (the URL of a collector); empty: nowhere."""
+
+    metrics: str = ""
+    otlp: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +159,8 @@ class Config:
     deadlines: Deadlines = Deadlines()
     grace_s: float = 10.0
     rpcs: int = 4096
+    connections: int = 2048
+    telemetry: Telemetry = Telemetry()
     reflection: bool = True
     log_level: str = "info"
 
@@ -180,6 +196,7 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
     tls, store, launcher = top.section("tls"), top.section("store"), top.section("launcher")
     local, qemu, nitro = launcher.section("local"), launcher.section("qemu"), launcher.section("nitro")
     quota, deadlines, log = top.section("quota"), top.section("deadline"), top.section("log")
+    telemetry = top.section("telemetry")
     bucket, keep, cluster = store.section("s3"), store.section("keep"), top.section("cluster")
     place = store.text("blobs", "blobs")
     standard = Quotas(), Deadlines(), Keep(), Cluster()
@@ -189,6 +206,8 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         reflection=top.boolean("reflection", default=True),
         grace_s=top.seconds("grace_s", 10.0),
         rpcs=top.integer("rpcs", 4096, 16),
+        connections=top.integer("connections", 2048, 1),
+        telemetry=Telemetry(telemetry.text("metrics", "", empty=True), telemetry.text("otlp", "", empty=True)),
         certificate=folder / tls.text("certificate", "tls.crt"),
         key=folder / tls.text("key", "tls.key"),
         database=_database(store.text("database", "coordinator.db"), folder),
@@ -216,16 +235,35 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
             quota.integer("uploads_per_table", standard[0].uploads_per_table, 1),
             quota.integer("agreements_per_member", standard[0].agreements_per_member, 1),
             quota.integer("watches_per_member", standard[0].watches_per_member, 1),
+            quota.integer("calls_per_member", standard[0].calls_per_member, 1),
         ),
         deadlines=Deadlines(
             deadlines.seconds("short_s", standard[1].short_s),
             deadlines.seconds("join_s", standard[1].join_s),
             deadlines.seconds("compute_s", standard[1].compute_s),
             deadlines.seconds("status_s", standard[1].status_s),
+            deadlines.seconds("handshake_s", standard[1].handshake_s),
+            deadlines.seconds("request_s", standard[1].request_s),
+            deadlines.seconds("idle_s", standard[1].idle_s),
         ),
         log_level=log.choice("level", "info", LEVELS),
     )
-    for section in (top, tls, store, bucket, keep, cluster, launcher, local, qemu, nitro, quota, deadlines, log):
+    for section in (
+        top,
+        tls,
+        store,
+        bucket,
+        keep,
+        cluster,
+        telemetry,
+        launcher,
+        local,
+        qemu,
+        nitro,
+        quota,
+        deadlines,
+        log,
+    ):
         section.finish()
     return config
 
@@ -366,6 +404,7 @@ listen = "{listen}"             # address:port; port 0 takes a free one, which t
 # reflection = true             # tells gRPC tools the service's methods
 # grace_s = 10.0                # how long running calls may take to end after SIGTERM
 # rpcs = 4096                   # calls at a time, streams included
+# connections = 2048            # connections at a time
 
 [tls]
 certificate = "tls.crt"         # PEM; members pin the SHA-384 of its public key
@@ -436,12 +475,20 @@ root = "root"                   # folder of the local root that certifies the si
 # uploads_per_table = 64
 # agreements_per_member = 1000
 # watches_per_member = 32
+# calls_per_member = 256        # at a time, streams included
 
-[deadline]                      # what the enclave may take
+[deadline]                      # what the enclave may take; the last three: a caller
 # short_s = 30.0
 # join_s = 21600.0
 # compute_s = 86400.0
 # status_s = 1.0
+# handshake_s = 10.0            # to connect
+# request_s = 30.0              # to send a request
+# idle_s = 300.0                # between two messages of an upload
+
+[telemetry]
+# metrics = ""                  # address:port at which Prometheus may ask; left out: nowhere
+# otlp = ""                     # http://HOST:PORT of an OpenTelemetry collector; needs the extra `telemetry`
 
 [log]
 level = "info"                  # debug | info | warning | error

@@ -13,7 +13,7 @@ from typing import Final
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from parley_coordinator import log
+from parley_coordinator import log, telemetry
 from parley_coordinator.blobs import BlobStore, bundle_name, upload_name
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Keep
@@ -125,6 +125,7 @@ class Keeper:
                     there = session.get(DoomedBlob, row.name)
                     if there is not None:
                         session.delete(there)
+                telemetry.count("parley_blobs_deleted_total")
                 log.info("blob-deleted", blob=row.name)
 
     def _growing(self, name: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from parley_coordinator import log
+from parley_coordinator import log, telemetry
 from parley_coordinator.models import LIVE, LeaseRow, SessionRow
 from parley_coordinator.node import Identity
 from parley_coordinator.store import Store
@@ -114,6 +114,7 @@ class Leases:
             if row.phase == "launching" and not row.enclave:
                 lease.node = self._identity.node
             if overtaken:
+                telemetry.count("parley_leases_taken_total")
                 log.warning("taken-over", number=number, token=lease.token + 1)
             lease.token += 1
             lease.holder = self._identity.holder

@@ -18,7 +18,7 @@ from typing import Final
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from parley_coordinator import log, relay
+from parley_coordinator import log, relay, telemetry
 from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed, signed
 from parley_coordinator.blobs import BlobReader, BlobStore, bundle_name, upload_name
@@ -607,6 +607,7 @@ class Live:
                 session.add(BundleRow(number=row.number, size=size, at_ms=now))
                 self._happened(session, "released", percent=100)
             self.percent = 100
+            telemetry.count("parley_sessions_ended_total", code=telemetry.OK)
             log.info("released", session=log.short(self._session), size=log.coarse(size))
             tell_stored(self._world, self._lease, self._handle)
             self._finish()
@@ -796,6 +797,7 @@ def lose(world: World, lease: Lease, code: str) -> None:
         session.execute(delete(JoinRow).where(JoinRow.number == number))
         if row.session is not None:
             db.happened(session, "lost", row.agreement, row.ended_ms, of=row.session, code=code)
+    telemetry.count("parley_sessions_ended_total", code=code)
     log.warning("lost", number=number, code=code)
 
 

@@ -12,12 +12,14 @@ from typing import Any, Final, TypeVar
 import grpc
 from cryptography import x509
 from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from parley_coordinator import status
 from parley_coordinator.callers import METADATA_KEY
 from parley_coordinator.leases import RETRY_MS
 from parley_protocol import limits
-from parley_protocol.errors import UnavailableError
+from parley_protocol.errors import CODES, UnavailableError
 from parley_protocol.v1 import coordinator_pb2
 
 _T = TypeVar("_T", bound=Message)
@@ -36,6 +38,15 @@ class PeerError(Exception):
         self.code = code
         self.message = message
         self.details = details
+
+    @property
+    def reason(self) -> str:
+        """The stable code in the details."""
+        info = ErrorInfo()
+        for detail in Status.FromString(self.details).details:
+            if detail.Unpack(info) and info.reason in CODES:
+                return str(info.reason)
+        return "internal"
 
 
 class Peers:

@@ -23,7 +23,7 @@ import boto3
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from parley_coordinator import log
+from parley_coordinator import log, telemetry
 from parley_coordinator.blobs import BlobReader, BlobWriter, check_name
 from parley_coordinator.config import S3
 from parley_protocol.errors import UnavailableError
@@ -489,8 +489,10 @@ def _away(doing: str) -> Iterator[None]:
             raise MissingError(f"S3 has no such thing: {code}") from error
         if code in ("PreconditionFailed", "412"):
             raise OSError("the blob is not the same any more") from error
+        telemetry.count("parley_blob_failures_total")
         log.warning("blobs-away", doing=doing.partition(" ")[0], code=code)
         raise UnavailableError(f"the blob store of the coordinator refused: {code}", retry_after_ms=RETRY_MS) from error
     except BotoCoreError as error:
+        telemetry.count("parley_blob_failures_total")
         log.warning("blobs-away", doing=doing.partition(" ")[0], error=type(error).__name__)
         raise UnavailableError("the blob store of the coordinator does not answer", retry_after_ms=RETRY_MS) from error

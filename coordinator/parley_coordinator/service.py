@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import time
 from collections import Counter
@@ -21,13 +22,14 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from parley_coordinator import log, status
+from parley_coordinator import log, status, telemetry
 from parley_coordinator import store as db
 from parley_coordinator.agreements import Agreements, AgreementView
 from parley_coordinator.callers import METADATA_KEY, Callers
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Quotas
 from parley_coordinator.events import Bell, Events
+from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.leases import ElsewhereError
 from parley_coordinator.models import EventRow
@@ -76,10 +78,21 @@ class Service(CoordinatorServicer):
     enclave answers at once, `joins` for what it takes its time for."""
 
     def __init__(
-        self, parts: Parts, bell: Bell, *, quick: Executor, disk: Executor, long: Executor, joins: Executor
+        self,
+        parts: Parts,
+        bell: Bell,
+        guard: Guard,
+        *,
+        idle_s: float,
+        quick: Executor,
+        disk: Executor,
+        long: Executor,
+        joins: Executor,
     ) -> None:
         self._parts = parts
         self._bell = bell
+        self._guard = guard
+        self._idle_s = idle_s
         self._quick = quick
         self._disk = disk
         self._long = long
@@ -143,7 +156,7 @@ class Service(CoordinatorServicer):
         return await self._call(context, "Inbox", self._quick, inbox)
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Event]:
-        key = await self._caller(context)
+        key = self._caller()
         if self._watches[key] >= self._parts.quotas.watches_per_member:
             await _abort(context, RefusedError("quota", "this key watches in as many streams as it may"))
         self._watches[key] += 1
@@ -171,11 +184,10 @@ class Service(CoordinatorServicer):
     # Uploads
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: _Context) -> pb.UploadState:
-        started = time.monotonic()
-        key = await self._caller(context)
+        key = self._caller()
         try:
-            first = await anext(aiter(request_iterator), None)
-            if first is None or first.WhichOneof("part") != "begin":
+            first = await self._guard.first(request_iterator)
+            if first.WhichOneof("part") != "begin":
                 raise MalformedError("UploadRequest: the first message is not begin")
             row = await self._in(self._quick, self._parts.uploads.begin, key, first.begin.cose)
             if row.complete_ms is not None:
@@ -190,17 +202,10 @@ class Service(CoordinatorServicer):
                 state = await asyncio.shield(
                     asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
                 )
-            log.info(
-                "rpc",
-                method="Upload",
-                caller=log.who(key),
-                size=log.coarse(state.stored - before),
-                complete=state.complete,
-                ms=_ms(started),
-            )
+            CURRENT.get().size = state.stored - before
+            telemetry.observe("parley_upload_bytes", state.stored - before)
             return _upload(state)
         except ParleyError as error:
-            log.info("rpc", method="Upload", caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
         except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
             log.fault("rpc-failed", method="Upload", caller=log.who(key))
@@ -234,7 +239,10 @@ class Service(CoordinatorServicer):
     async def _next(
         self, waiting: asyncio.Queue[pb.UploadRequest | None], reading: asyncio.Future[None], writing: Writing
     ) -> pb.UploadRequest | None:
+        end = time.monotonic() + self._idle_s
         while True:
+            if time.monotonic() > end:
+                raise UnavailableError("nothing more of the upload has arrived for a long time; what did is stored")
             if writing.superseded.is_set():
                 raise RefusedError("busy", "another stream has taken over this upload")
             if self._stopping.is_set():
@@ -324,7 +332,7 @@ class Service(CoordinatorServicer):
     # Releases
 
     async def GetBundle(self, request: pb.GetBundleRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
-        key = await self._caller(context)
+        key = self._caller()
         bundle = await self._run(context, self._disk, self._parts.releases.bundle, key, request.session)
         try:
             if request.offset > bundle.size:
@@ -341,10 +349,11 @@ class Service(CoordinatorServicer):
             await self._run(context, self._quick, self._parts.releases.fetched, bundle)
         finally:
             bundle.reader.close()
-        log.info("rpc", method="GetBundle", caller=log.who(key), size=log.coarse(bundle.size - request.offset))
+        CURRENT.get().size = bundle.size - request.offset
+        telemetry.observe("parley_bundle_bytes", bundle.size - request.offset)
 
     async def GetChain(self, request: pb.GetChainRequest, context: _Context) -> AsyncIterator[pb.SignedStatement]:
-        key = await self._caller(context)
+        key = self._caller()
         records = await self._run(context, self._quick, self._parts.releases.chain, key, request.series, request.after)
         for cose, document in records:
             yield pb.SignedStatement(cose=cose, document=document)
@@ -360,8 +369,7 @@ class Service(CoordinatorServicer):
         passed_on: tuple[Message, type[_T]] | None = None,
     ) -> _T:
         """`passed_on`: request and kind of answer of a call that only the coordinator can answer that serves the session."""
-        started = time.monotonic()
-        key = await self._caller(context)
+        key = self._caller()
         try:
             try:
                 result = await self._in(pool, work, key)
@@ -370,16 +378,14 @@ class Service(CoordinatorServicer):
                     raise
                 result = await self._pass_on(context, method, elsewhere, *passed_on)
         except PeerError as error:
-            log.info("rpc", method=method, caller=log.who(key), code=error.code.name.lower(), ms=_ms(started))
+            CURRENT.get().code = error.reason
             await context.abort(error.code, error.message, ((status.DETAILS_KEY, error.details),))
             raise AssertionError("abort raises") from error
         except ParleyError as error:
-            log.info("rpc", method=method, caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
         except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
             log.fault("rpc-failed", method=method, caller=log.who(key))
             await _abort(context, RefusedError("internal"))
-        log.info("rpc", method=method, caller=log.who(key), ms=_ms(started))
         return result
 
     async def _pass_on(
@@ -408,7 +414,12 @@ class Service(CoordinatorServicer):
             log.fault("rpc-failed", method=work.__name__)
             await _abort(context, RefusedError("internal"))
 
-    async def _caller(self, context: _Context) -> bytes:
+    @staticmethod
+    def _caller() -> bytes:
+        """Who calls, as the guard has found."""
+        return CURRENT.get().key
+
+    async def admit(self, context: _Context) -> bytes:
         """Who calls: crd-1, crd-2 and cal-*; strangers get PERMISSION_DENIED and nothing else (crd-3)."""
         if self._stopping.is_set():
             await _abort(context, _stopping())
@@ -429,7 +440,8 @@ class Service(CoordinatorServicer):
 
     async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
         # All work may be done again that a conflict of transactions undid: every call may be repeated as it is.
-        return await asyncio.get_running_loop().run_in_executor(pool, db.retried, work, *arguments)
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(pool, run, db.retried, work, *arguments)
 
 
 async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queue[pb.UploadRequest | None]) -> None:
@@ -438,7 +450,14 @@ async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queu
     await waiting.put(None)
 
 
+async def abort(context: _Context, error: ParleyError) -> None:
+    """Ends a call with an error."""
+    await _abort(context, error)
+
+
 async def _abort(context: _Context, error: ParleyError, *, authenticating: bool = False) -> NoReturn:
+    if (call := CURRENT.get(None)) is not None:
+        call.code = error.code
     code, message, details = status.of(error, authenticating=authenticating)
     await context.abort(code, message, ((status.DETAILS_KEY, details),))
     raise AssertionError("abort raises")
@@ -454,10 +473,6 @@ async def _within(event: asyncio.Event, seconds: float) -> None:
 
 def _stopping() -> ParleyError:
     return UnavailableError("the coordinator is stopping", retry_after_ms=5000)
-
-
-def _ms(started: float) -> int:
-    return int((time.monotonic() - started) * 1000)
 
 
 def _agreement(view: AgreementView) -> pb.AgreementState:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from parley_coordinator import live, log
+from parley_coordinator import live, log, telemetry
 from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed
 from parley_coordinator.images import Wanted
@@ -266,12 +266,14 @@ class Sessions:
     def _renew(self) -> None:
         with self._lock:
             held = list(self._held.values())
+        telemetry.put("parley_leases", len(held))
         for lease in self._world.leases.renew(held) if held else ():
             with self._lock:
                 if self._held.get(lease.number) != lease:
                     continue
                 del self._held[lease.number]
                 attached = self._live.pop(lease.number, None)
+            telemetry.count("parley_leases_lost_total")
             log.warning("overtaken", number=lease.number, token=lease.token)
             if attached is not None:
                 # It waits for what is under way; the other leases do not.

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from parley_coordinator import log
+from parley_coordinator import log, telemetry
 from parley_coordinator.config import ConfigError
 from parley_coordinator.models import (
     LIVE,
@@ -287,9 +287,11 @@ def _translated() -> Iterator[None]:
     except DBAPIError as error:
         state = getattr(error.orig, "sqlstate", None)
         if state in _CONFLICTS:
+            telemetry.count("parley_store_failures_total", kind="conflict")
             raise ConflictError("another transaction was faster", retry_after_ms=RETRY_MS) from error
         if not _is_away(error, state):
             raise
+        telemetry.count("parley_store_failures_total", kind="away")
         log.warning("store-away", error=type(error.orig).__name__, state=state or "")
         raise UnavailableError("the database of the coordinator does not answer", retry_after_ms=RETRY_MS) from error
 
@@ -440,3 +442,10 @@ def bundle_of(session: Session, row: SessionRow) -> BundleRow:
     if bundle is None:
         raise RefusedError("lost" if row.phase == "lost" else "phase", "the session has released nothing")
     return bundle
+
+
+def phases(store: Store) -> dict[str, int]:
+    """How many sessions there are in each phase."""
+    with store.read() as session:
+        found = session.execute(select(SessionRow.phase, func.count()).group_by(SessionRow.phase)).tuples()
+        return dict(found.all())
