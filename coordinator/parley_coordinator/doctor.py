@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import socket
-import sqlite3
 import ssl
 import stat
 import tempfile
@@ -20,15 +19,14 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
 
 from parley_coordinator import tls
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_host import SOON, host
+from parley_coordinator.doctor_store import bucket, database
 from parley_coordinator.doctor_system import Check, System, Verdict, fail, ok, skip, warn
 
-LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "cryptography")
+LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "alembic", "cryptography")
 YEARS: Final = range(2026, 2100)
 """A clock outside of these is not set."""
 FREE_BYTES: Final = 1 << 30
@@ -36,7 +34,6 @@ FREE_BYTES: Final = 1 << 30
 FILES: Final = 1024
 """Open files beside those of the calls: tables that enclaves read, the database, the log."""
 _PROBE_S: Final = 3.0
-_SQLITE: Final = "sqlite:///"
 
 
 def examine(config: Config, system: System) -> list[Check]:
@@ -101,12 +98,14 @@ def clock(system: System) -> Check:
 
 
 def storage(config: Config) -> list[Check]:
-    """The folders: written, synced, private, with room."""
-    checks = []
-    folders = dict.fromkeys((config.folder, config.blobs))
+    """The folders: written, synced, private, with room; or the bucket."""
+    checks: list[Check] = []
+    folders = dict.fromkeys((config.folder, config.blobs) if config.s3 is None else (config.folder,))
     for folder in folders:
         name = "blobs" if folder == config.blobs else "folder"
         checks += [_writable(name, folder), *_private(name, folder)]
+    if config.s3 is not None:
+        return checks + bucket(config.s3)
     place = _there(config.blobs)
     free = shutil.disk_usage(place).free
     quota = config.quotas.bytes_per_member
@@ -136,39 +135,6 @@ def _private(name: str, folder: Path) -> Iterator[Check]:
     if folder.is_dir() and folder.stat().st_mode & 0o077:
         mode = stat.S_IMODE(folder.stat().st_mode)
         yield warn(f"{name}-mode", f"{folder} has mode {mode:04o}: others may look into it", f"chmod 700 {folder}")
-
-
-def database(config: Config) -> Check:
-    """The database answers; one that is not there yet is made at the start."""
-    if config.database.startswith(_SQLITE):
-        path = Path(config.database.removeprefix(_SQLITE))
-        if not path.exists():
-            return ok("database", f"{path} will be made")
-        # Without a log nobody has it open; then it is read without making one, which might belong to another user.
-        mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
-        try:
-            connection = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=_PROBE_S)
-            try:
-                tables = connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0]
-            finally:
-                connection.close()
-        except sqlite3.Error as error:
-            return fail("database", f"{path}: {error}", "restore it from a backup, or let the user read it")
-        return ok("database", f"{path} opens, {tables} tables")
-    engine = None
-    try:
-        engine = create_engine(config.database)
-        with engine.connect() as opened:
-            opened.execute(text("SELECT 1"))
-    except (SQLAlchemyError, ImportError) as error:
-        # The URL holds a password, and the message may hold the URL.
-        return fail(
-            "database", f"{type(error).__name__} at the URL in store.database", "look at the server and the URL"
-        )
-    finally:
-        if engine is not None:
-            engine.dispose()
-    return ok("database", f"{engine.dialect.name} answers")
 
 
 def key(config: Config, system: System) -> Check:

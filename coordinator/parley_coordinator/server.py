@@ -54,6 +54,8 @@ METADATA_BYTES: Final = 16 << 10
 """Metadata of a call: a caller statement is below 1 KiB."""
 IDLE_MS: Final = 15 * 60_000
 """How long a connection may be without a call."""
+KEEPALIVE_MS: Final = 30_000
+KEEPALIVE_TIMEOUT_MS: Final = 20_000
 WILDCARDS: Final = ("", "0.0.0.0", "::", "*")  # noqa: S104  # compared, not bound
 SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
@@ -178,8 +180,8 @@ def _server(config: Config, guard: Guard) -> grpc.aio.Server:
             ("grpc.http2.settings_timeout", int(config.deadlines.handshake_s * 1000)),
             ("grpc.max_connection_idle_ms", IDLE_MS),
             # A client whose machine has vanished frees its stream within a minute.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
             ("grpc.keepalive_permit_without_calls", 1),
             # Clients ask every 30 s whether the server is there; who asks much more often is cut off.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -6,7 +6,9 @@ import random
 import secrets
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -35,6 +37,8 @@ from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import MalformedError, ParleyError, RefusedError, UnavailableError
 from parley_protocol.transcript import Roster
 from parley_protocol.v1 import coordinator_pb2
+
+_T = TypeVar("_T")
 
 NONCE_BYTES = 32
 JUDGED = 8
@@ -363,7 +367,10 @@ class Sessions:
     def join(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, str]:
         """(receipt, "") or (b"", code). A key that has JUDGED joins judged already is told to come again: each holds a thread,
         for as long as its tables take, and the other members need some too."""
-        _, name, attached = self._attached(key, identifier)
+        try:
+            _, name, attached = self._attached(key, identifier)
+        except RefusedError as error:
+            return self._released(error, key, identifier, _receipt(cose))
         with self._lock:
             if self._judged[key] >= JUDGED:
                 raise UnavailableError(
@@ -372,6 +379,8 @@ class Sessions:
             self._judged[key] += 1
         try:
             return attached.join(name, cose)
+        except RefusedError as error:
+            return self._released(error, key, identifier, _receipt(cose))
         finally:
             with self._lock:
                 self._judged[key] -= 1
@@ -380,9 +389,29 @@ class Sessions:
 
     def start(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, tuple[str, ...]]:
         """(roster, who has not countersigned)."""
-        _, name, attached = self._attached(key, identifier)
-        attached.start(name, cose)
+        try:
+            _, name, attached = self._attached(key, identifier)
+            attached.start(name, cose)
+        except RefusedError as error:
+            self._released(error, key, identifier, _started(cose))
         return self.roster(key, identifier)
+
+    def _released(
+        self,
+        error: RefusedError,
+        key: bytes,
+        identifier: bytes,
+        before: Callable[[Session, SessionRow, str], _T | None],
+    ) -> _T:
+        """The answer that a statement got before the session was released, for a caller that did not hear it; else `error`."""
+        if error.code != "phase":
+            raise error
+        with self._world.store.read() as session:
+            row, name = db.session_for(session, identifier, key)
+            found = before(session, row, name) if row.phase == "released" else None
+        if found is None:
+            raise error
+        return found
 
     def roster(self, key: bytes, identifier: bytes) -> tuple[bytes, tuple[str, ...]]:
         """(roster, who has not countersigned) of a session that has one."""
@@ -398,14 +427,12 @@ class Sessions:
         self, key: bytes, identifier: bytes, cose: bytes, former: coordinator_pb2.PutCountersignatureRequest
     ) -> SessionView:
         """The session after a party's consent; one that came before is answered alike, also after the release."""
-        with self._world.store.read() as session:
-            row, name = db.session_for(session, identifier, key)
-            done = None if row.roster is None else session.get(CountersignatureRow, (row.roster, name))
-        if row.phase == "released" and done is not None and payload_unverified(done.cose) == payload_unverified(cose):
-            return self._view(row.number)
-        row, name, attached = self._attached(key, identifier)
-        attached.countersign(name, cose, former)
-        return self._view(row.number)
+        try:
+            _, name, attached = self._attached(key, identifier)
+            attached.countersign(name, cose, former)
+        except RefusedError as error:
+            self._released(error, key, identifier, _consented(cose))
+        return self.get(key, identifier)
 
     def refuse(self, key: bytes, identifier: bytes, cose: bytes) -> SessionView:
         """The session after a party's refusal."""
@@ -444,6 +471,30 @@ class Sessions:
                 deadline_ms=deadline,
                 percent=percent if row.phase in ("computing", "released") else 0,
             )
+
+
+def _receipt(cose: bytes) -> Callable[[Session, SessionRow, str], tuple[bytes, str] | None]:
+    def before(session: Session, row: SessionRow, name: str) -> tuple[bytes, str] | None:
+        rows = session.scalars(select(JoinRow).where(JoinRow.number == row.number, JoinRow.party == name))
+        same = (one for one in rows if payload_unverified(one.cose) == payload_unverified(cose))
+        return next(((one.receipt, "") for one in same if one.receipt), None)
+
+    return before
+
+
+def _started(cose: bytes) -> Callable[[Session, SessionRow, str], bool | None]:
+    def before(_: Session, row: SessionRow, __: str) -> bool | None:
+        return (row.start is not None and payload_unverified(row.start) == payload_unverified(cose)) or None
+
+    return before
+
+
+def _consented(cose: bytes) -> Callable[[Session, SessionRow, str], bool | None]:
+    def before(session: Session, row: SessionRow, name: str) -> bool | None:
+        done = None if row.roster is None else session.get(CountersignatureRow, (row.roster, name))
+        return (done is not None and payload_unverified(done.cose) == payload_unverified(cose)) or None
+
+    return before
 
 
 def told(session: Session, row: SessionRow) -> int:

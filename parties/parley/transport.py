@@ -201,6 +201,7 @@ class Transport:
             call = self._stub.GetBundle(
                 pb.GetBundleRequest(session=session, offset=len(data)), timeout=LONG_S, metadata=self._metadata()
             )
+            had = len(data)
             try:
                 for chunk in call:
                     if chunk.offset != len(data) or len(data) + len(chunk.data) > limits.BUNDLE_BYTES:
@@ -213,6 +214,8 @@ class Transport:
                 found = _translated(error)
                 if not isinstance(found, UnavailableError):
                     raise found from None
+                if len(data) > had:
+                    pauses = _Pauses(self._patience_s)  # it goes on
                 pauses.wait(found)
             finally:
                 call.cancel()
