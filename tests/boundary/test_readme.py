@@ -18,7 +18,15 @@ import pytest
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = ("README.md", "parties/README.md", "enclave/README.md", "coordinator/README.md", "deploy/README.md")
+PAGES = (
+    "README.md",
+    "parties/README.md",
+    "enclave/README.md",
+    "coordinator/README.md",
+    "deploy/README.md",
+    "deploy/RUNBOOK.md",
+    "deploy/image/README.md",
+)
 MORE = ("protos/SPEC.md", "protos/THREATS.md", ".github/SECURITY.md", ".github/CONTRIBUTING.md")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _PROMPT = re.compile(r"^[\w-]*\$ (.*)$")

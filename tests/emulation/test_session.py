@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -31,7 +34,7 @@ from support.enclave import Host, Simulation, agreement_of, identities, signed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 NAMES = ("ann", "bob", "cyd")
-OPTIONS = {"analysts": ["cyd"], "start": ("ann", "cyd")}
+OPTIONS: dict[str, Any] = {"analysts": ["cyd"], "start": ("ann", "cyd")}
 FRAMES = {"ann": frame_of(1, rows=5000, people=400), "bob": frame_of(2, rows=3000, people=300)}
 
 
@@ -44,8 +47,14 @@ def short() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def measured(image: Path) -> Measurement:
-    """The image's registers as we read the file."""
-    return measurement_of(image)
+    """The image's registers as `parley measure` prints them."""
+    command = [sys.executable, "-m", "parley.cli", "measure", "--json", str(image)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads(said)["Measurements"]
+    pcr0, pcr1, pcr2 = (bytes.fromhex(found[f"PCR{index}"]) for index in (0, 1, 2))
+    made = Measurement(pcr0, pcr1, pcr2)
+    assert made == measurement_of(image)
+    return made
 
 
 def together(*work: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ that they use, as the AWS provider publishes them; a type that is not in it is a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import hcl2  # type: ignore[import-not-found,unused-ignore]
+import hcl2
 
 SCHEMA: Final[Mapping[str, Any]] = json.loads((Path(__file__).parent / "aws_schema.json").read_text("utf-8"))
 META: Final = {"count", "for_each", "depends_on", "lifecycle", "provider"}
@@ -56,7 +57,7 @@ def load(folder: Path) -> Module:
         found[kind][name] = body
 
     for path in sorted(folder.glob("*.tf")):
-        for kind, blocks in hcl2.loads(path.read_text("utf-8")).items():
+        for kind, blocks in _parsed(path.read_text("utf-8")).items():
             if kind in _MARKS:
                 continue
             if kind not in found and kind != "data":
@@ -84,6 +85,13 @@ def load(folder: Path) -> Module:
         found["terraform"],
         found["provider"],
     )
+
+
+@functools.lru_cache
+def _parsed(text: str) -> Mapping[str, Any]:
+    # Most files are read many times, and parsing is slow. `_plain` copies what it takes from the tree.
+    parsed: Mapping[str, Any] = hcl2.loads(text)
+    return parsed
 
 
 def problems(module: Module) -> list[str]:

@@ -117,7 +117,7 @@ def _unpacked(tree: Path) -> tuple[str, ...]:
 
 def _examine(command: tuple[str, ...]) -> Qemu:
     """The QEMU of a command, if it is new enough and has the devices; QemuError."""
-    said = _ask(command, "--version")
+    said = _ask(command, "--version").strip()
     version = re.search(r"version (\d+)\.(\d+)\S*", said)
     if version is None or (int(version[1]), int(version[2])) < OLDEST:
         raise QemuError(f"{command[0]} is {said.splitlines()[0] if said else 'silent'}")

@@ -179,19 +179,14 @@ class Ring:
         self._size = 0
         self._addresses: tuple[int, int, int] | None = None
         self._memory: Memory | None = None
-        self._descriptors = self._available = self._used = memoryview(b"")
         self._last = 0
-        self._mapped = False
+        self._done = 0
+        self._unmap()
 
     @property
     def ready(self) -> bool:
         """Whether the guest's entries may be taken: mapped, started and enabled."""
         return self._mapped and self.enabled and self.kick >= 0
-
-    @property
-    def last(self) -> int:
-        """Index of the next entry to take."""
-        return self._last
 
     def resize(self, size: int) -> None:
         """The number of descriptors."""
@@ -218,22 +213,26 @@ class Ring:
 
     def stop(self) -> int:
         """Takes no more entries; the index of the next."""
-        self.enabled = self._mapped = False
+        self.enabled = False
         self._addresses = None
-        self._descriptors = self._available = self._used = memoryview(b"")
+        self._unmap()
         return self._last
 
-    def _map(self) -> None:
+    def _unmap(self) -> None:
+        # Memory is only unmapped when no view of it is left.
+        self._descriptors = self._available = self._used_entries = self._used_words = memoryview(b"")
         self._mapped = False
+
+    def _map(self) -> None:
+        self._unmap()
         if self._addresses is None or self._memory is None or not self._size:
             return
         descriptors, used, available = self._addresses
         self._descriptors = self._memory.user(descriptors, _DESCRIPTOR.size * self._size, 16)
         # As numbers of 16 bits: an index is loaded and stored whole, never byte by byte.
         self._available = self._memory.user(available, 4 + 2 * self._size, 2).cast("H")
-        self._used = self._memory.user(used, 4 + 8 * self._size, 4)
-        self._used_entries = self._used.cast("I")
-        self._used_words = self._used.cast("H")
+        used_part = self._memory.user(used, 4 + 8 * self._size, 4)
+        self._used_entries, self._used_words = used_part.cast("I"), used_part.cast("H")
         self._done = self._used_words[1]
         self._mapped = True
 

@@ -99,6 +99,10 @@ resource "aws_instance" "parent" {
   depends_on = [aws_iam_role_policy.parent, aws_route_table_association.public]
 
   lifecycle {
+    # Another Amazon Linux, image or bundle is for the next instance: this one has enclaves, and is replaced only by hand
+    # (terraform apply -replace=aws_instance.parent).
+    ignore_changes = [launch_template]
+
     precondition {
       condition     = data.aws_ec2_instance_type.parent.nitro_enclaves_support == "supported"
       error_message = "instance_type: EC2 offers no enclaves on ${var.instance_type}."

@@ -19,6 +19,6 @@ output "bucket" {
 }
 
 output "ami_id" {
-  description = "Put it into `ami_id`, so that a newer image does not replace the instance unasked."
+  description = "Amazon Linux that a new instance would start from."
   value       = local.ami_id
 }

@@ -62,7 +62,7 @@ variable "instance_type" {
 }
 
 variable "ami_id" {
-  description = "Amazon Linux 2023, x86_64. Null takes the newest at the first apply; pin it afterwards (output `ami_id`), since another one replaces the instance."
+  description = "Amazon Linux 2023, x86_64. Null takes the newest whenever the instance is made; the running one stays as it is."
   type        = string
   default     = null
 }
@@ -137,9 +137,9 @@ variable "data_gib" {
 }
 
 variable "backup_days" {
-  description = "How long nightly copies of the database stay in the bucket."
+  description = "How long hourly copies of the database stay in the bucket."
   type        = number
-  default     = 35
+  default     = 14
 
   validation {
     condition     = var.backup_days >= 1 && floor(var.backup_days) == var.backup_days

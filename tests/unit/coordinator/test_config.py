@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def test_blobs_in_a_bucket(tmp_path: Path, place: str, bucket: str, prefix: str)
         ("[launcher.nitro]\nimage = ''", "launcher.nitro.image: not a text"),
         ("[launcher.nitro]\nroot = 'r'", "launcher.nitro.root: no such field"),
         ("[launcher.local]\ncommand = 'x'", "launcher.local.command: not a list"),
+        ("[kms]\nendpoint = 'kms'", "kms.endpoint: 'kms' does not match"),
+        ("[kms]\nattempts = 0", "kms.attempts: not a whole number from 1"),
+        ("[kms]\nread_s = 0", "kms.read_s: not a number of seconds"),
+        ("[kms]\nsession = 'a b'", "kms.session: 'a b' does not match"),
+        ("[kms.account]\n1 = 2", "kms.account.1: not a table"),
+        ("[kms.account.1]", "kms.account.1: not the 12 digits of an account"),
+        ("[kms.account.111122223333]\nrole = 'parley'", "kms.account.111122223333.role: 'parley' does not match"),
+        ("[kms.account.111122223333]\nrolle = ''", "kms.account.111122223333.rolle: no such field"),
+        (
+            "[kms.account.111122223333]\nrole = 'arn:aws:iam::111122223333:role/p'\nprofile = 'p'",
+            "kms.account.111122223333.profile: either a role or a profile",
+        ),
+        (
+            "[kms.account.111122223333]\nexternal_id = 'e'",
+            "kms.account.111122223333.external_id: goes with a role",
+        ),
         ("reflection = 'yes'", "reflection: neither true nor false"),
         ("a = [", "c.toml"),
     ],
@@ -111,3 +128,22 @@ def test_the_emulator_is_told_its_image_and_its_root(tmp_path: Path) -> None:
 
 def test_the_port_of_an_enclave_is_the_images(tmp_path: Path) -> None:
     assert config.defaults(tmp_path).nitro.port == ENCLAVE_PORT
+
+
+def test_the_page_of_the_operator_has_every_field(tmp_path: Path, repository: Path) -> None:
+    template = config.TEMPLATE.format(listen="127.0.0.1:7443")
+    fields, section = set(), ""
+    for line in template.splitlines()[2:]:
+        if header := re.match(r"\[([a-z0-9.]+)\]", line):
+            section = header[1] + "."
+        elif name := re.match(r"(?:# )?([a-z_]+) = ", line):
+            fields.add(section + name[1])
+    page = (repository / "coordinator/README.md").read_text()
+    table = page.split("## Configuration")[1].split("\n## ")[0]
+    told = {
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([a-z0-9_.]+)`", line.split("|")[1])
+    }
+    assert told == fields

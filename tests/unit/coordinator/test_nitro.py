@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -484,6 +485,18 @@ def test_children_that_keep_the_pipes_do_not_hold_a_call(tmp_path: Path) -> None
     assert time.monotonic() - began < 15
 
 
-def test_the_table_says_what_to_do_for_each_code() -> None:
-    assert all(row.do and isinstance(row.action, Action) for row in nitro_cli.ACTIONS.values())
-    assert {"E11", "E22", "E26", "E27", "E29", "E36", "E39", "E59"} <= set(nitro_cli.ACTIONS)
+def test_the_page_of_the_operator_has_every_code_with_what_follows(repository: Path) -> None:
+    words = {
+        Action.RETRY: "tried again",
+        Action.BUSY: "`no-capacity` where other enclaves run, else given up",
+        Action.FINAL: "given up",
+    }
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (repository / "coordinator/README.md").read_text().splitlines()
+        if line.startswith("| `E")
+    ]
+    told = {code: row[2] for row in rows if " with " not in row[0] for code in re.findall(r"`(E[0-9]{2})`", row[0])}
+    assert told == {code: words[row.action] for code, row in nitro_cli.ACTIONS.items()}
+    (busy,) = [row for row in rows if nitro_cli.NO_CPUS in row[0]]
+    assert busy[2] == words[nitro_cli.BUSY_CPUS.action]

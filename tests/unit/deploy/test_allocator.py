@@ -116,3 +116,20 @@ def test_the_command_refuses_what_is_no_image(image: Path, tmp_path: Path, capsy
         streams = capsys.readouterr()
         assert streams.out == ""
         assert streams.err.startswith("allocator: ")
+
+
+def test_the_runbook_has_these_numbers() -> None:
+    text = (Path(allocator.__file__).parents[1] / "RUNBOOK.md").read_text("utf-8")
+    main, worker = (-(-size // MIB) for size in (allocator.MAIN_BYTES, allocator.WORKER_BYTES))
+    assert (
+        f"{allocator.SYSTEM_BYTES // MIB} MiB for the kernel, {main} MiB for the main process, {worker} MiB for each"
+        in text
+    )
+    size = int(re.search(r"For the image of (\d+) MiB", text)[1])  # type: ignore[index]
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) MiB \| (\d) \| (\d+) CPUs, (\d+) GiB", text, re.MULTILINE)
+    assert len(rows) == 4
+    for cpus, memory, enclaves, parent_cpus, parent_gib in rows:
+        one = reserve(size * MIB, enclaves=int(enclaves), cpus=int(cpus))
+        assert one.memory_mib == int(memory.replace(",", ""))
+        assert one.total_cpus + 2 <= int(parent_cpus)
+        assert one.total_mib + 4096 <= int(parent_gib) * 1024

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
@@ -245,24 +246,18 @@ def test_a_weak_manifest_is_seen(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_manifests_follow_the_schemas(version: str) -> None:
-    schemas = pytest.importorskip(
-        "kubernetes_validate", reason="NO KUBERNETES SCHEMAS: kubernetes-validate is not installed"
-    )
     for manifest in base():
-        assert schemas.validate(manifest, version, strict=True) == version
+        assert kubernetes_validate.validate(manifest, version, strict=True) == version
     wrong = one(base(), "Deployment")
     wrong["spec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
-    with pytest.raises(schemas.ValidationError, match="volumeMount"):
-        schemas.validate(wrong, version, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
+        kubernetes_validate.validate(wrong, version, strict=True)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_overlays_follow_the_schemas(name: str) -> None:
-    schemas = pytest.importorskip(
-        "kubernetes_validate", reason="NO KUBERNETES SCHEMAS: kubernetes-validate is not installed"
-    )
     for manifest in rendered(FOLDER / "overlays" / name):
-        schemas.validate(manifest, VERSIONS[-1], strict=True)
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
 
 
 # Beside the manifests

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,22 @@ def test_a_built_machine_is_not_built_again(tmp_path: Path, capsys: pytest.Captu
     assert main(["--dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'qemu' / 'qemu-system-x86_64'} (QEMU 10.0)\n"
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.skipif(not X86, reason="the machine is for x86_64")
+def test_calls_at_the_same_time_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Path] = []
+
+    def run(self: nitro_machine._Build) -> None:
+        built.append(self._folder)
+        time.sleep(0.3)
+        _built(self._folder, recipe=nitro_machine._recipe(), machines="nitro-enclave")
+
+    monkeypatch.setattr(nitro_machine._Build, "run", run)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: nitro_machine.build(tmp_path), range(4)))
+    assert built == [tmp_path]
+    assert {machine.version for machine in found} == {"10.0"}
 
 
 @pytest.mark.skipif(not X86, reason="the machine is for x86_64")

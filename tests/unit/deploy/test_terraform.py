@@ -22,8 +22,6 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-pytest.importorskip("hcl2", reason="NO HCL PARSER: python-hcl2 is not installed")
-
 from parley_coordinator import config
 from support import terraform
 from support.terraform import Module
@@ -128,6 +126,8 @@ def _instance(module: Module) -> Iterator[str]:
     for fact in ("nitro_enclaves_support", "burstable_performance_supported", "bare_metal", "supported_architectures"):
         if fact not in conditions:
             yield f"EC2 is not asked for {fact}"
+    if instance["lifecycle"][0].get("ignore_changes") != ["launch_template"]:
+        yield "an apply replaces the instance unasked"
     [data] = module.of_type("aws_ebs_volume")
     if data.get("lifecycle") != [{"prevent_destroy": True}]:
         yield "the data volume can be destroyed"
@@ -242,6 +242,7 @@ def test_the_rules_hold() -> None:
         ("operator/storage.tf", "encrypted         = true", "", "not encrypted"),
         ("operator/storage.tf", "prevent_destroy = true", "prevent_destroy = false", "can be destroyed"),
         ("operator/instance.tf", "nitro_enclaves_support == ", "hypervisor == ", "nitro_enclaves_support"),
+        ("operator/instance.tf", "ignore_changes = [launch_template]", "", "unasked"),
         ("operator/network.tf", "from_port         = 7443", "from_port = 22", "other than 7443"),
         ("operator/network.tf", "cidr_ipv4         = each.value", 'cidr_ipv4 = "0.0.0.0/0"', "others than the members"),
         ("operator/network.tf", '  name        = "${var.name}-parent"', "  ingress {}\n", "inside a security group"),
