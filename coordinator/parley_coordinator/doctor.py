@@ -8,27 +8,24 @@ import json
 import os
 import platform
 import socket
-import sqlite3
 import ssl
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import SQLAlchemyError
 
 from parley_coordinator import tls
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_host import SOON, host
+from parley_coordinator.doctor_store import UNANSWERED, bucket, database, row
 from parley_coordinator.doctor_system import Check, System, Verdict, fail, ok, skip, warn
 
-LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "cryptography")
+LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "alembic", "cryptography")
 YEARS: Final = range(2026, 2100)
 """A clock outside of these is not set."""
 FREE_BYTES: Final = 1 << 30
@@ -38,9 +35,6 @@ ROOM_BYTES: Final = 4 << 30
 FILES: Final = 1024
 """Open files beside those of the calls: tables that enclaves read, the database, the log."""
 _PROBE_S: Final = 3.0
-_SQLITE: Final = "sqlite:///"
-_DATABASE: Final = (sqlite3.Error, SQLAlchemyError, ImportError)
-"""What `_row` raises where it gets no answer."""
 _UPLOADS: Final = (
     "SELECT coalesce(sum(CASE WHEN complete_ms IS NULL THEN size - stored ELSE 0 END), 0), coalesce(max(size), 0)"
     " FROM uploads"
@@ -54,7 +48,7 @@ def examine(config: Config, system: System) -> list[Check]:
         clock(system),
         *host(config, system),
         *storage(config),
-        space(config, system),
+        *(() if config.s3 else (space(config, system),)),
         database(config),
         key(config, system),
         certificate(config, system),
@@ -110,12 +104,14 @@ def clock(system: System) -> Check:
 
 
 def storage(config: Config) -> list[Check]:
-    """The folders: written, synced, private."""
-    checks = []
-    folders = dict.fromkeys((config.folder, config.blobs))
+    """The folders: written, synced, private; or the bucket."""
+    checks: list[Check] = []
+    folders = dict.fromkeys((config.folder, config.blobs) if config.s3 is None else (config.folder,))
     for folder in folders:
         name = "blobs" if folder == config.blobs else "folder"
         checks += [_writable(name, folder), *_private(name, folder)]
+    if config.s3 is not None:
+        checks += bucket(config.s3)
     return checks
 
 
@@ -123,8 +119,8 @@ def space(config: Config, system: System) -> Check:
     """Room for the uploads that are begun, and for one more of the largest table: whoever replaces it uploads it anew."""
     free = system.free(_there(config.blobs))
     try:
-        missing, largest = _row(config, _UPLOADS)
-    except _DATABASE:
+        missing, largest = row(config, _UPLOADS)
+    except UNANSWERED:
         # None has been made yet; where it is there and cannot be read, the next check says why.
         missing, largest = 0, 0
     said = f"{_size(free)} free; uploads that are begun lack {_size(missing)}, the largest one has {_size(largest)}"
@@ -150,44 +146,6 @@ def _private(name: str, folder: Path) -> Iterator[Check]:
     if folder.is_dir() and folder.stat().st_mode & 0o077:
         mode = stat.S_IMODE(folder.stat().st_mode)
         yield warn(f"{name}-mode", f"{folder} has mode {mode:04o}: others may look into it", f"chmod 700 {folder}")
-
-
-def database(config: Config) -> Check:
-    """The database answers; one that is not there yet is made at the start."""
-    if config.database.startswith(_SQLITE):
-        path = Path(config.database.removeprefix(_SQLITE))
-        if not path.exists():
-            return ok("database", f"{path} will be made")
-        try:
-            (tables,) = _row(config, "SELECT count(*) FROM sqlite_master WHERE type = 'table'")
-        except sqlite3.Error as error:
-            return fail("database", f"{path}: {error}", "restore it from a backup, or let the user read it")
-        return ok("database", f"{path} opens, {tables} tables")
-    try:
-        _row(config, "SELECT 1")
-    except _DATABASE as error:
-        # The URL holds a password, and the message may hold the URL.
-        return fail(
-            "database", f"{type(error).__name__} at the URL in store.database", "look at the server and the URL"
-        )
-    return ok("database", f"{make_url(config.database).get_backend_name()} answers")
-
-
-def _row(config: Config, query: str) -> Sequence[Any]:
-    """The first row of what the database answers; _DATABASE. An SQLite file is neither changed nor made."""
-    if config.database.startswith(_SQLITE):
-        path = Path(config.database.removeprefix(_SQLITE))
-        # Without a log nobody has it open; then it is read without making one, which might belong to another user.
-        mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
-        with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=_PROBE_S)) as connection:
-            found: Sequence[Any] = connection.execute(query).fetchone()
-            return found
-    engine = create_engine(config.database)
-    try:
-        with engine.connect() as opened:
-            return opened.execute(text(query)).one()
-    finally:
-        engine.dispose()
 
 
 def key(config: Config, system: System) -> Check:

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -20,13 +21,18 @@ from parley_coordinator import log, relay
 from parley_coordinator.clock import now_ms
 from parley_coordinator.config import ConfigError, Local
 from parley_coordinator.images import Images, Wanted
+from parley_coordinator.node import exclusive, held, is_held
 from parley_protocol.errors import UnavailableError
 
 SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux."""
+STARTING_FILE: Final = "starting"
+"""In the folder of an enclave, locked as long as a coordinator starts it."""
 RETRY_MS: Final = 30_000
 """When to ask again, where an enclave did not start or none is free."""
 STOP_S: Final = 5.0
+LOCK_S: Final = 60.0
+"""How long another coordinator may look at the folder, and end what is there."""
 _POLL_S: Final = 0.02
 
 
@@ -78,8 +84,6 @@ class LocalLauncher:
         self._most = most
         # Held while folders are counted, made and removed; never while an enclave starts.
         self._lock = threading.Lock()
-        # Folders whose enclave is being started: each takes a place, and nothing that does not answer yet has ended.
-        self._starting: set[str] = set()
         self._closing = threading.Event()
         self._images = Images(now_ms)
         longest = len(os.fsencode(config.folder / "00000000" / "enclave.sock"))
@@ -93,34 +97,42 @@ class LocalLauncher:
     def launch(self, wanted: Wanted) -> EnclaveHandle:
         if self._config.image is not None:
             self._images.check(self._config.image, f"{self._config.section}.image", wanted)
-        with self._lock:
-            if len(self._alive()) + len(self._starting) >= self._most:
+        with contextlib.ExitStack() as stack:
+            return self._launch(wanted, stack)
+
+    def _launch(self, wanted: Wanted, stack: contextlib.ExitStack) -> EnclaveHandle:
+        with self._alone():
+            found, starting = self._look()
+            if len(found) + starting >= self._most:
                 raise no_capacity(self._most)
             folder = self._config.folder / secrets.token_hex(4)
             folder.mkdir(mode=0o700)
             (folder / "handle.json").write_text(json.dumps({"agreement": wanted.digest.hex()}), encoding="utf-8")
-            self._starting.add(folder.name)
+            stack.enter_context(held(folder / STARTING_FILE))
         handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
         try:
             self._start(folder, wanted.digest)
         except BaseException:
             self._stop(handle)
             raise
-        finally:
-            with self._lock:
-                self._starting.discard(folder.name)
         return handle
 
     def find(self) -> list[EnclaveHandle]:
-        with self._lock:
-            return self._alive()
+        with self._alone():
+            return self._look()[0]
 
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)
 
     def stop(self, handle: EnclaveHandle) -> None:
-        with self._lock:
+        with self._alone():
             self._stop(handle)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In this process and, where several coordinators share the folder, among them."""
+        with self._lock, exclusive(self._config.folder, LOCK_S):
+            yield
 
     def close(self) -> None:
         self._closing.set()
@@ -159,10 +171,13 @@ class LocalLauncher:
                 raise
         return code
 
-    def _alive(self) -> list[EnclaveHandle]:
-        found = []
-        for folder in sorted(self._config.folder.iterdir()):
-            if folder.name in self._starting:
+    def _look(self) -> tuple[list[EnclaveHandle], int]:
+        """The enclaves that are alive, and how many are being started: each takes a place, and what does not answer yet has
+        not ended, whichever coordinator starts it."""
+        found, starting = [], 0
+        for folder in sorted(path for path in self._config.folder.iterdir() if path.is_dir()):
+            if is_held(folder / STARTING_FILE):
+                starting += 1
                 continue
             try:
                 agreement = bytes.fromhex(json.loads((folder / "handle.json").read_text(encoding="utf-8"))["agreement"])
@@ -174,7 +189,7 @@ class LocalLauncher:
                 found.append(handle)
             else:
                 self._stop(handle)
-        return found
+        return found, starting
 
     def _stop(self, handle: EnclaveHandle) -> None:
         folder = self._config.folder / handle.id

@@ -27,7 +27,8 @@ sys.meta_path.insert(0, Blocker())
 for name in names:
     module = importlib.import_module(name)
     for found in pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}."):
-        if not found.name.endswith(".__main__"):
+        # Alembic alone runs its own file.
+        if not found.name.endswith((".__main__", ".migrations.env")):
             importlib.import_module(found.name)
 print("imported")
 """

@@ -25,12 +25,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from parley_coordinator import config as configuration
-from parley_coordinator import doctor, doctor_host, doctor_system, tls
+from parley_coordinator import doctor, doctor_host, doctor_system, migrations, tls
 from parley_coordinator.__main__ import main
 from parley_coordinator.config import Config
 from parley_coordinator.doctor_system import Check, System, Verdict
+from parley_coordinator.models import REVISION
 from parley_coordinator.store import Store
 from parley_protocol import measurement
+from support import postgres, s3
 from support.nitro_host import NitroHost, tiny_image
 
 NOW = datetime(2027, 1, 15, 12, tzinfo=UTC)
@@ -440,6 +442,55 @@ def test_the_database_opens(parent: Parent) -> None:
     open_elsewhere.close()
     path.write_bytes(b"no database at all" * 100)
     assert examined(parent, "database").verdict is FAIL
+
+
+def test_a_database_of_before_and_one_of_after(parent: Parent) -> None:
+    path = parent.config.folder / "coordinator.db"
+    vector = Path(__file__).resolve().parent.parent.parent / "vectors" / "coordinator_v1.sql"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(vector.read_text("utf-8"))
+    connection.close()
+    found = examined(parent, "database")
+    assert (found.verdict, f"tables of revision 0001, which the start brings to {REVISION}" in found.found) == (
+        OK,
+        True,
+    )
+    Store(parent.config.database).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    found = examined(parent, "database")
+    assert (found.verdict, found.do) == (FAIL, "update this program")
+
+
+def test_a_postgresql(parent: Parent) -> None:
+    with postgres.cluster(fsync=True) as own:
+        config = replace(parent.config, database=own.database())
+        found = examined(parent, "database", config)
+        assert (found.verdict, found.do) == (FAIL, "parley-coordinator migrate")
+        assert "no tables" in found.found
+        migrations.migrate(config.database)
+        found = examined(parent, "database", config)
+        assert (found.verdict, f"tables of revision {REVISION}" in found.found) == (OK, True)
+        own.execute("UPDATE alembic_version SET version_num = '9999'", config.database.split("/")[3].split("?")[0])
+        assert examined(parent, "database", config).do == "update this program"
+
+
+def test_a_postgresql_that_forgets(parent: Parent, cluster: postgres.Cluster) -> None:
+    found = examined(parent, "database", replace(parent.config, database=cluster.migrated()))
+    assert (found.verdict, found.do) == (FAIL, "set fsync = on in postgresql.conf")
+
+
+def test_a_bucket(parent: Parent) -> None:
+    with s3.server() as url:
+        found = examined(parent, "bucket", replace(parent.config, s3=s3.bucket(url)))
+        assert (found.verdict, "written, read, deleted from and listed" in found.found) == (OK, True)
+        missing = replace(s3.bucket(url), bucket="parley-none")
+        found = examined(parent, "bucket", replace(parent.config, s3=missing))
+        assert (found.verdict, "parley-none cannot be opened" in found.found) == (FAIL, True)
+        away = replace(missing, endpoint_url="http://127.0.0.1:1")
+        found = examined(parent, "bucket", replace(parent.config, s3=away))
+        assert (found.verdict, "EndpointConnectionError" in found.found) == (FAIL, True)
 
 
 def test_a_database_by_url_keeps_its_password(parent: Parent) -> None:

@@ -121,8 +121,15 @@ class Enclave(Live):
             session.add(row)
             session.flush()
             self._number = row.number
+            self._lease = made.desk.leases.add(session, row.number)
         self.kms = SimpleNamespace(decrypt=decrypt)
-        world = SimpleNamespace(store=made.desk.store, clock=made.desk.clock, deadlines=Deadlines(), kms=self.kms)
+        world = SimpleNamespace(
+            store=made.desk.store,
+            clock=made.desk.clock,
+            deadlines=Deadlines(),
+            kms=self.kms,
+            leases=made.desk.leases,
+        )
         self._world = cast("Any", world)
         self._agreement = AGREEMENT
         self._session = b"s" * 16

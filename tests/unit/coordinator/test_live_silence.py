@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -59,10 +59,13 @@ class Silent(Live):
             session.add(row)
             session.flush()
             self._number = row.number
+            self._lease = desk.leases.add(session, row.number)
             join = JoinRow(number=row.number, digest=b"j", party="ann", cose=b"", receipt=b"r", code="", at_ms=NOW)
             session.add(join)
         deadlines = SimpleNamespace(short_s=1.0)
-        world = SimpleNamespace(store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines)
+        world = SimpleNamespace(
+            store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines, leases=desk.leases
+        )
         self._world = cast("Any", world)
         self._handle = handle
         self._channel = relay.Channel(handle.address)
@@ -81,6 +84,13 @@ class Silent(Live):
 
 
 @pytest.fixture
+def desk(tmp_path: Path, database: str) -> Iterator[Desk]:
+    made = Desk(tmp_path, database=database)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
 def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]], None]:
     def make(kind: type[UnavailableError]) -> None:
         def connect(address: str, timeout_s: float = 1.0) -> Any:
@@ -96,7 +106,7 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]
     ("kind", "handle"), [(UnavailableError, HANDLE), (UnavailableError, LOCAL), (relay.GoneError, HANDLE)]
 )
 def test_an_enclave_that_is_silent_and_alive_is_waited_for(
-    tmp_path: Path,
+    desk: Desk,
     silence: Callable[[type[UnavailableError]], None],
     kind: type[UnavailableError],
     handle: EnclaveHandle,
@@ -104,28 +114,28 @@ def test_an_enclave_that_is_silent_and_alive_is_waited_for(
     # Over vsock a full queue says the same as a port where nothing listens.
     silence(kind)
     launcher = Launcher(alive=True)
-    live = Silent(Desk(tmp_path), launcher, handle)
+    live = Silent(desk, launcher, handle)
     live.tick()
     assert (live.phase, launcher.stopped) == ("open", [])
 
 
 def test_a_local_enclave_whose_socket_is_gone_is_lost(
-    tmp_path: Path, silence: Callable[[type[UnavailableError]], None]
+    desk: Desk, silence: Callable[[type[UnavailableError]], None]
 ) -> None:
     silence(relay.GoneError)
     launcher = Launcher(alive=True)
-    live = Silent(Desk(tmp_path), launcher, LOCAL)
+    live = Silent(desk, launcher, LOCAL)
     live.tick()
     assert (live.phase, launcher.stopped) == ("lost", [LOCAL])
 
 
 @pytest.mark.parametrize("kind", [UnavailableError, relay.GoneError])
 def test_an_enclave_that_has_ended_is_lost(
-    tmp_path: Path, silence: Callable[[type[UnavailableError]], None], kind: type[UnavailableError]
+    desk: Desk, silence: Callable[[type[UnavailableError]], None], kind: type[UnavailableError]
 ) -> None:
     silence(kind)
     launcher = Launcher(alive=False)
-    live = Silent(Desk(tmp_path), launcher)
+    live = Silent(desk, launcher)
     live.tick()
     assert (live.phase, launcher.stopped) == ("lost", [HANDLE])
     with live._world.store.read() as session:
