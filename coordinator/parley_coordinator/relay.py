@@ -18,10 +18,10 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from parley_coordinator import log
+from parley_coordinator import log, telemetry
 from parley_coordinator.blobs import BlobReader
 from parley_protocol import framing, limits
-from parley_protocol.errors import MalformedError, RefusedError, UnavailableError
+from parley_protocol.errors import MalformedError, ParleyError, RefusedError, UnavailableError
 from parley_protocol.v1 import enclave_pb2 as pb
 
 CONNECT_S: Final = 10.0
@@ -116,6 +116,19 @@ class Channel:
         RefusedError with the enclave's code; UnavailableError where the channel breaks or the deadline passes; then the
         operation may be asked again, since all of them are answered alike when they are repeated.
         """
+        operation, started, code = request.WhichOneof("op") or "", time.monotonic(), telemetry.OK
+        with telemetry.span("enclave", parley_operation=operation) as span:
+            try:
+                return self._ask(request, deadline_s, progress)
+            except ParleyError as error:
+                code = error.code
+                raise
+            finally:
+                span.set("parley.code", code)
+                seconds = time.monotonic() - started
+                telemetry.observe("parley_enclave_seconds", seconds, operation=operation, code=code)
+
+    def _ask(self, request: pb.Ask, deadline_s: float, progress: Callable[[int], None] | None) -> pb.Answer:
         end = time.monotonic() + deadline_s
         with connect(self.address) as connection:
             with self._lock:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -18,16 +20,20 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
-from parley_coordinator import log, status
+from parley_coordinator import log, status, telemetry
 from parley_coordinator import store as db
 from parley_coordinator.agreements import Agreements, AgreementView
-from parley_coordinator.callers import Callers
+from parley_coordinator.callers import METADATA_KEY, Callers
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Quotas
 from parley_coordinator.events import Bell, Events
+from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.leases import ElsewhereError
 from parley_coordinator.models import EventRow
+from parley_coordinator.peers import PASSED_ON, PeerError, Peers
 from parley_coordinator.releases import Releases
 from parley_coordinator.sessions import Sessions, SessionView
 from parley_coordinator.store import Store
@@ -62,18 +68,33 @@ class Parts:
     releases: Releases
     inbox: Inbox
     events: Events
+    peers: Peers
     quotas: Quotas
     clock: Clock
 
 
 class Service(CoordinatorServicer):
-    """The methods of coordinator.proto. Pools of threads: `quick` for store and disk, `long` for what an enclave answers at
-    once, `joins` for what it takes its time for."""
+    """The methods of coordinator.proto. Pools of threads: `quick` for the store, `disk` for blobs, `long` for what an
+    enclave answers at once, `joins` for what it takes its time for."""
 
-    def __init__(self, parts: Parts, bell: Bell, quick: Executor, long: Executor, joins: Executor) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        bell: Bell,
+        guard: Guard,
+        *,
+        idle_s: float,
+        quick: Executor,
+        disk: Executor,
+        long: Executor,
+        joins: Executor,
+    ) -> None:
         self._parts = parts
         self._bell = bell
+        self._guard = guard
+        self._idle_s = idle_s
         self._quick = quick
+        self._disk = disk
         self._long = long
         self._joins = joins
         self._watches: Counter[bytes] = Counter()
@@ -135,7 +156,7 @@ class Service(CoordinatorServicer):
         return await self._call(context, "Inbox", self._quick, inbox)
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.Event]:
-        key = await self._caller(context)
+        key = self._caller()
         if self._watches[key] >= self._parts.quotas.watches_per_member:
             await _abort(context, RefusedError("quota", "this key watches in as many streams as it may"))
         self._watches[key] += 1
@@ -163,11 +184,10 @@ class Service(CoordinatorServicer):
     # Uploads
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: _Context) -> pb.UploadState:
-        started = time.monotonic()
-        key = await self._caller(context)
+        key = self._caller()
         try:
-            first = await anext(aiter(request_iterator), None)
-            if first is None or first.WhichOneof("part") != "begin":
+            first = await self._guard.first(request_iterator)
+            if first.WhichOneof("part") != "begin":
                 raise MalformedError("UploadRequest: the first message is not begin")
             row = await self._in(self._quick, self._parts.uploads.begin, key, first.begin.cose)
             if row.complete_ms is not None:
@@ -180,19 +200,12 @@ class Service(CoordinatorServicer):
             finally:
                 # Also when the client is gone: what has arrived is stored, and need not be sent again.
                 state = await asyncio.shield(
-                    asyncio.ensure_future(self._in(self._quick, self._finish, manager, writing))
+                    asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
                 )
-            log.info(
-                "rpc",
-                method="Upload",
-                caller=log.who(key),
-                size=log.coarse(state.stored - before),
-                complete=state.complete,
-                ms=_ms(started),
-            )
+            CURRENT.get().size = state.stored - before
+            telemetry.observe("parley_upload_bytes", state.stored - before)
             return _upload(state)
         except ParleyError as error:
-            log.info("rpc", method="Upload", caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
         except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
             log.fault("rpc-failed", method="Upload", caller=log.who(key))
@@ -207,11 +220,11 @@ class Service(CoordinatorServicer):
             while (request := await self._next(waiting, reading, writing)) is not None:
                 if request.WhichOneof("part") != "chunk":
                     raise MalformedError("UploadRequest: not a chunk after the first message")
-                await self._in(self._quick, writing.write, request.chunk.offset, request.chunk.data)
+                await self._in(self._disk, writing.write, request.chunk.offset, request.chunk.data)
                 if writing.unsynced >= limits.SYNC_BYTES and (syncing is None or syncing.done()):
                     if syncing is not None:
                         syncing.result()
-                    syncing = asyncio.ensure_future(self._in(self._quick, writing.sync))
+                    syncing = asyncio.ensure_future(self._in(self._disk, functools.partial(writing.sync, whole=False)))
                 elif writing.unsynced >= 2 * limits.SYNC_BYTES and syncing is not None:
                     # One part goes to the disk while the next one arrives; a third has to wait.
                     await syncing
@@ -226,7 +239,10 @@ class Service(CoordinatorServicer):
     async def _next(
         self, waiting: asyncio.Queue[pb.UploadRequest | None], reading: asyncio.Future[None], writing: Writing
     ) -> pb.UploadRequest | None:
+        end = time.monotonic() + self._idle_s
         while True:
+            if time.monotonic() > end:
+                raise UnavailableError("nothing more of the upload has arrived for a long time; what did is stored")
             if writing.superseded.is_set():
                 raise RefusedError("busy", "another stream has taken over this upload")
             if self._stopping.is_set():
@@ -259,6 +275,7 @@ class Service(CoordinatorServicer):
             "OpenSession",
             self._long,
             lambda key: _session(self._parts.sessions.open(key, request.request_id, request.agreement)),
+            passed_on=(request, pb.SessionState),
         )
 
     async def GetSession(self, request: pb.SessionRef, context: _Context) -> pb.SessionState:
@@ -271,14 +288,14 @@ class Service(CoordinatorServicer):
             offer, document = self._parts.sessions.attest(key, request.session, request.nonce)
             return pb.AttestReply(offer=offer, document=document)
 
-        return await self._call(context, "Attest", self._long, attest)
+        return await self._call(context, "Attest", self._long, attest, passed_on=(request, pb.AttestReply))
 
     async def PutJoin(self, request: pb.PutJoinRequest, context: _Context) -> pb.JoinReply:
         def join(key: bytes) -> pb.JoinReply:
             receipt, code = self._parts.sessions.join(key, request.session, request.cose)
             return pb.JoinReply(receipt=receipt, code=code)
 
-        return await self._call(context, "PutJoin", self._joins, join)
+        return await self._call(context, "PutJoin", self._joins, join, passed_on=(request, pb.JoinReply))
 
     async def Start(self, request: pb.StartRequest, context: _Context) -> pb.RosterReply:
         return await self._call(
@@ -286,6 +303,7 @@ class Service(CoordinatorServicer):
             "Start",
             self._long,
             lambda key: _roster(self._parts.sessions.start(key, request.session, request.cose)),
+            passed_on=(request, pb.RosterReply),
         )
 
     async def GetRoster(self, request: pb.SessionRef, context: _Context) -> pb.RosterReply:
@@ -299,6 +317,7 @@ class Service(CoordinatorServicer):
             "PutCountersignature",
             self._long,
             lambda key: _session(self._parts.sessions.countersign(key, request.session, request.cose, request)),
+            passed_on=(request, pb.SessionState),
         )
 
     async def Refuse(self, request: pb.RefuseRequest, context: _Context) -> pb.SessionState:
@@ -307,19 +326,20 @@ class Service(CoordinatorServicer):
             "Refuse",
             self._long,
             lambda key: _session(self._parts.sessions.refuse(key, request.session, request.cose)),
+            passed_on=(request, pb.SessionState),
         )
 
     # Releases
 
     async def GetBundle(self, request: pb.GetBundleRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
-        key = await self._caller(context)
-        bundle = await self._run(context, self._quick, self._parts.releases.bundle, key, request.session)
+        key = self._caller()
+        bundle = await self._run(context, self._disk, self._parts.releases.bundle, key, request.session)
         try:
             if request.offset > bundle.size:
                 await _abort(context, RefusedError("too-large", f"the bundle has {bundle.size} bytes and no more"))
             offset = request.offset
             while offset < bundle.size:
-                data = await self._run(context, self._quick, bundle.reader.read, offset, limits.CHUNK_BYTES)
+                data = await self._run(context, self._disk, bundle.reader.read, offset, limits.CHUNK_BYTES)
                 if not data:
                     await _abort(
                         context, RefusedError("internal", "the coordinator's store has lost bytes of the bundle")
@@ -329,29 +349,60 @@ class Service(CoordinatorServicer):
             await self._run(context, self._quick, self._parts.releases.fetched, bundle)
         finally:
             bundle.reader.close()
-        log.info("rpc", method="GetBundle", caller=log.who(key), size=log.coarse(bundle.size - request.offset))
+        CURRENT.get().size = bundle.size - request.offset
+        telemetry.observe("parley_bundle_bytes", bundle.size - request.offset)
 
     async def GetChain(self, request: pb.GetChainRequest, context: _Context) -> AsyncIterator[pb.SignedStatement]:
-        key = await self._caller(context)
+        key = self._caller()
         records = await self._run(context, self._quick, self._parts.releases.chain, key, request.series, request.after)
         for cose, document in records:
             yield pb.SignedStatement(cose=cose, document=document)
 
     # How a call runs
 
-    async def _call(self, context: _Context, method: str, pool: Executor, work: Callable[[bytes], _T]) -> _T:
-        started = time.monotonic()
-        key = await self._caller(context)
+    async def _call(
+        self,
+        context: _Context,
+        method: str,
+        pool: Executor,
+        work: Callable[[bytes], _T],
+        passed_on: tuple[Message, type[_T]] | None = None,
+    ) -> _T:
+        """`passed_on`: request and kind of answer of a call that only the coordinator can answer that serves the session."""
+        key = self._caller()
         try:
-            result = await self._in(pool, work, key)
+            try:
+                result = await self._in(pool, work, key)
+            except ElsewhereError as elsewhere:
+                if passed_on is None:
+                    raise
+                result = await self._pass_on(context, method, elsewhere, *passed_on)
+        except PeerError as error:
+            CURRENT.get().code = error.reason
+            await context.abort(error.code, error.message, ((status.DETAILS_KEY, error.details),))
+            raise AssertionError("abort raises") from error
         except ParleyError as error:
-            log.info("rpc", method=method, caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
         except Exception:  # noqa: BLE001  # the caller gets a code; what it was stands in the log
             log.fault("rpc-failed", method=method, caller=log.who(key))
             await _abort(context, RefusedError("internal"))
-        log.info("rpc", method=method, caller=log.who(key), ms=_ms(started))
         return result
+
+    async def _pass_on(
+        self, context: _Context, method: str, elsewhere: ElsewhereError, request: Message, reply: type[_T]
+    ) -> _T:
+        metadata = dict(context.invocation_metadata() or ())
+        if PASSED_ON in metadata:
+            # The lease changed hands meanwhile; the caller's next attempt finds its new holder.
+            raise elsewhere
+        caller = metadata[METADATA_KEY]
+        assert isinstance(caller, bytes)
+        kind: Any = reply
+        answer: _T = await self._parts.peers.call(
+            elsewhere.address, method, request, kind, caller, context.time_remaining()
+        )
+        log.debug("passed-on", method=method, to=elsewhere.address)
+        return answer
 
     async def _run(self, context: _Context, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
         """The same within a stream."""
@@ -363,7 +414,12 @@ class Service(CoordinatorServicer):
             log.fault("rpc-failed", method=work.__name__)
             await _abort(context, RefusedError("internal"))
 
-    async def _caller(self, context: _Context) -> bytes:
+    @staticmethod
+    def _caller() -> bytes:
+        """Who calls, as the guard has found."""
+        return CURRENT.get().key
+
+    async def admit(self, context: _Context) -> bytes:
         """Who calls: crd-1, crd-2 and cal-*; strangers get PERMISSION_DENIED and nothing else (crd-3)."""
         if self._stopping.is_set():
             await _abort(context, _stopping())
@@ -383,7 +439,9 @@ class Service(CoordinatorServicer):
             return db.is_known(session, key)
 
     async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+        # All work may be done again that a conflict of transactions undid: every call may be repeated as it is.
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(pool, run, db.retried, work, *arguments)
 
 
 async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queue[pb.UploadRequest | None]) -> None:
@@ -392,7 +450,14 @@ async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queu
     await waiting.put(None)
 
 
+async def abort(context: _Context, error: ParleyError) -> None:
+    """Ends a call with an error."""
+    await _abort(context, error)
+
+
 async def _abort(context: _Context, error: ParleyError, *, authenticating: bool = False) -> NoReturn:
+    if (call := CURRENT.get(None)) is not None:
+        call.code = error.code
     code, message, details = status.of(error, authenticating=authenticating)
     await context.abort(code, message, ((status.DETAILS_KEY, details),))
     raise AssertionError("abort raises")
@@ -408,10 +473,6 @@ async def _within(event: asyncio.Event, seconds: float) -> None:
 
 def _stopping() -> ParleyError:
     return UnavailableError("the coordinator is stopping", retry_after_ms=5000)
-
-
-def _ms(started: float) -> int:
-    return int((time.monotonic() - started) * 1000)
 
 
 def _agreement(view: AgreementView) -> pb.AgreementState:

@@ -45,9 +45,15 @@ METADATA_KEY: Final = "parley-caller-bin"
 QUICK_S: Final = 30.0
 LONG_S: Final = 900.0
 """A join answers when the enclave has read the whole table once; an opening when the enclave has started."""
+WHOLE_S: Final = 6 * 3600.0
+"""How long such a call is made again, where it was held for its whole time: what it asked for goes on meanwhile."""
+UPLOAD_S: Final = 24 * 3600.0
+"""One stream of an upload; the next one goes on after it."""
 _HANDSHAKE_S: Final = 15.0
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
+_CROWDED: Final = "Concurrent RPC limit"
+"""How gRPC's server says that it has as many calls as it may; it gives no other sign."""
 _AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -152,7 +158,7 @@ class Transport:
             sent = stored
             try:
                 reply = self._stub.Upload(
-                    self._chunks(cose, blob, stored, progress), timeout=24 * 3600.0, metadata=self._metadata()
+                    self._chunks(cose, blob, stored, progress), timeout=UPLOAD_S, metadata=self._metadata()
                 )
                 if reply.complete:
                     return
@@ -248,10 +254,16 @@ class Transport:
     @staticmethod
     def _again(work: Callable[[], _T], patience_s: float) -> _T:
         pauses = _Pauses(patience_s)
+        end = time.monotonic() + WHOLE_S
         while True:
+            started = time.monotonic()
             try:
                 return work()
             except UnavailableError as error:
+                now = time.monotonic()
+                if now - started > patience_s and now < end:
+                    # Somebody held the call for so long: the other side is at work, not away.
+                    pauses = _Pauses(patience_s)
                 pauses.wait(error)
 
     def _metadata(self) -> tuple[tuple[str, bytes]]:
@@ -273,7 +285,8 @@ class _Pauses:
     def wait(self, error: UnavailableError) -> None:
         """Waits before the next attempt; raises `error` when it would be too late."""
         asked = 0.0 if error.retry_after_ms is None else error.retry_after_ms / 1000
-        pause = max(asked, self._pause_s * (0.5 + random.random()))  # noqa: S311  # jitter
+        # Many clients are told the same time: they do not come back at once.
+        pause = max(asked * (1 + random.random() / 4), self._pause_s * (0.5 + random.random()))  # noqa: S311  # jitter
         if time.monotonic() + pause > self._end:
             raise error
         time.sleep(pause)
@@ -290,6 +303,8 @@ def _translated(error: grpc.RpcError) -> ParleyError:
         if info.metadata.get("retry") == "true":
             return UnavailableError(message or CODES[code], code=code, retry_after_ms=retry)
         return RefusedError.from_wire(info.reason, message)
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and _CROWDED in message:
+        return UnavailableError("the coordinator has too many calls under way", code="busy", retry_after_ms=retry)
     if status in _AWAY:
         return UnavailableError(f"the coordinator does not answer ({status.name.lower()})", retry_after_ms=retry)
     return RefusedError("internal", f"the coordinator answered {status.name.lower()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -41,7 +42,8 @@ class Waiting(Live):
             session.add(row)
             session.flush()
             self._number = row.number
-        self._world = cast("Any", SimpleNamespace(store=desk.store, clock=desk.clock))
+            self._lease = desk.leases.add(session, row.number)
+        self._world = cast("Any", SimpleNamespace(store=desk.store, clock=desk.clock, leases=desk.leases))
         self._lock = threading.RLock()
         self._epoch = 0
         self._joining = {}
@@ -64,12 +66,14 @@ class Waiting(Live):
 
 
 @pytest.fixture
-def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+def waiting(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
     def verify(cose: bytes, *_: object) -> Any:
         return SimpleNamespace(party=cose[:3].decode(), digest=cose.ljust(48, b"."))
 
     monkeypatch.setattr(live, "verify_join", verify)
-    return Waiting(Desk(tmp_path))
+    desk = Desk(tmp_path, database=database)
+    yield Waiting(desk)
+    desk.store.close()
 
 
 def test_a_join_that_waits_is_not_relayed_behind_a_newer_one(waiting: Waiting) -> None:
