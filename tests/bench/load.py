@@ -8,6 +8,7 @@ that repeats every 16 MiB, sent as a sealed table of that size: nothing is compr
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -160,9 +161,9 @@ def stored(folder: Path) -> list[Figure]:
             took.append(
                 {
                     "inbox, the first": first,
-                    "inbox": load.latencies(transport.inbox, 40),
-                    "status": load.latencies(lambda: transport.get_session(ids[-1]), 200),
-                    "all events": load.latencies(lambda: load.replayed(transport, last), 5),
+                    "inbox": load.latencies(transport.inbox, 30),
+                    "status": load.latencies(lambda: transport.get_session(ids[-1]), 100),
+                    "all events": load.latencies(lambda: load.replayed(transport, last), 3),
                 }
             )
             transport.close()
@@ -181,15 +182,24 @@ def stored(folder: Path) -> list[Figure]:
     ]
 
 
+def told(found: list[Figure]) -> list[Figure]:
+    """The same, shown at once: all of it takes minutes."""
+    for figure in found:
+        print(f"  {figure.what}: {figure.ours:.4g} {figure.unit} ({figure.theirs} {figure.against})", file=sys.stderr)
+    return found
+
+
 def figures(_: Sequence[int]) -> list[Figure]:
     """All of it, one after another; the machine's load at the beginning and at the end."""
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="parley-load-") as name:
         folder = Path(name)
-        found = stored(folder / "stored")
+        found = told(stored(folder / "stored"))
         with Stage(folder / "c", MEMBERS, database=os.environ.get("PARLEY_LOAD_DATABASE")) as stage:
             stage.start()
-            for part in (session(stage), uploads(stage, folder), slow(stage), large(stage, folder)):
-                found += part
+            found += told(session(stage))
+            found += told(uploads(stage, folder))
+            found += told(slow(stage))
+            found += told(large(stage, folder))
             assert "rpc-failed" not in stage.coordinator.log
     return [*found, Figure("load average, after", os.getloadavg()[0], before, "", "before", "-")]
