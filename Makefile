@@ -8,6 +8,7 @@
 #   make qemu-test        boots that image in an emulator and runs a whole session in it
 #   make qemu-nitro-test  boots the image's file in QEMU's nitro-enclave machine, which is built from source first
 #   make bench    figures as ratios, printed and written as JSON
+#   make load     a coordinator under load: 200 members, 1,000 watchers, 64 uploads, 5 GB, 500 sessions (12 GB of disk, ten minutes)
 #   make protos   generated protobuf code anew
 #   make locks    the hash-locked requirements anew
 #   make image-lock       the inputs of the image anew: newest packages, other measurements
@@ -29,7 +30,7 @@ EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml",
 COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
 
-.PHONY: demo test faults check image image-lock qemu-test qemu-nitro-test bench protos locks clean venv format
+.PHONY: demo test faults check image image-lock qemu-test qemu-nitro-test bench load protos locks clean venv format
 
 demo: $(READY)
 	$(BIN)/parley demo flights
@@ -70,6 +71,9 @@ qemu-nitro-test: image
 
 bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(ARGS)
+
+load: $(READY)
+	timeout 1800 $(BIN)/python tests/bench/run.py --only load --json load.json $(ARGS)
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py

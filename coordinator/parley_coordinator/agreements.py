@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import threading
+from collections import OrderedDict
+from typing import Final
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -20,11 +22,45 @@ from parley_protocol.claims import verify_agreement_signature
 from parley_protocol.errors import RefusedError, VerificationError
 from parley_protocol.transcript import GENESIS
 
+PARSED_BYTES: Final = 16 << 20
+"""Canonical forms whose agreements are kept: thousands of usual ones, or the two largest."""
 
-@lru_cache(maxsize=64)
+
+class Parsed:
+    """Agreements by canonical form, those that were asked for last: an inbox asks for all of a member's, one by one."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, Agreement] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, canonical: bytes) -> Agreement:
+        """The agreement of a canonical form; AgreementError or MalformedError."""
+        with self._lock:
+            found = self._kept.get(canonical)
+            if found is not None:
+                self._kept.move_to_end(canonical)
+                return found
+        agreement = parse(canonical)
+        with self._lock:
+            if canonical not in self._kept:
+                self._kept[canonical] = agreement
+                self._bytes += len(canonical)
+            while self._bytes > self._most and len(self._kept) > 1:
+                self._bytes -= len(self._kept.popitem(last=False)[0])
+        return agreement
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+_PARSED: Final = Parsed(PARSED_BYTES)
+
+
 def parsed(canonical: bytes) -> Agreement:
     """The agreement of a canonical form; AgreementError or MalformedError. Large domains take a while, so it is kept."""
-    return parse(canonical)
+    return _PARSED.get(canonical)
 
 
 def signed(session: Session, row: AgreementRow) -> SignedAgreement:

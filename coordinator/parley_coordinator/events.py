@@ -1,10 +1,14 @@
-"""Events: numbered in the store, and a bell that wakes those who watch."""
+"""Events: numbered in the store, the newest of them in memory for all who watch, and a bell that wakes them."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from parley_coordinator import store as db
 from parley_coordinator.models import EventRow, Membership
@@ -12,6 +16,16 @@ from parley_coordinator.store import Store
 
 PAGE = 500
 """Events that one look takes."""
+KEPT: Final = 4096
+"""Events in memory: whoever is further behind asks the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """An event and the keys of those who may see it: the members of its agreement, which never change."""
+
+    row: EventRow
+    keys: frozenset[bytes]
 
 
 class Events:
@@ -42,6 +56,52 @@ class Events:
         with self._store.read() as session:
             return list(session.scalars(query))
 
+    def newest(self) -> int:
+        """The number of the last event, 0 where there is none."""
+        with self._store.read() as session:
+            return session.scalar(select(func.max(EventRow.number))) or 0
+
+    def since(self, number: int) -> list[Happened]:
+        """The next events of all agreements after a number, oldest first, at most PAGE."""
+        with self._store.read() as session:
+            rows = list(
+                session.scalars(select(EventRow).where(EventRow.number > number).order_by(EventRow.number).limit(PAGE))
+            )
+            agreements = {row.agreement for row in rows}
+            found: dict[bytes, set[bytes]] = {agreement: set() for agreement in agreements}
+            query = select(Membership.agreement, Membership.key).where(Membership.agreement.in_(agreements))
+            for agreement, key in session.execute(query):
+                found[agreement].add(key)
+        keys = {agreement: frozenset(members) for agreement, members in found.items()}
+        return [Happened(row, keys[row.agreement]) for row in rows]
+
+
+class Tail:
+    """The newest events: read from the store once, however many watch. It holds all events from `first` to `last`."""
+
+    def __init__(self, newest: int) -> None:
+        self.first = newest + 1
+        self.last = newest
+        self._kept: deque[Happened] = deque()
+
+    def add(self, happened: Sequence[Happened]) -> None:
+        """Takes the next events; the oldest ones make place."""
+        self._kept.extend(happened)
+        while len(self._kept) > KEPT:
+            self.first = self._kept.popleft().row.number + 1
+        if happened:
+            self.last = happened[-1].row.number
+
+    def after(self, key: bytes, number: int, session_id: bytes) -> Iterator[EventRow]:
+        """The events after a number, from `first` - 1 on, that a key may see; of one session where its id is not empty."""
+        newer = []
+        for happened in reversed(self._kept):
+            if happened.row.number <= number:
+                break
+            if key in happened.keys and (not session_id or happened.row.session == session_id):
+                newer.append(happened.row)
+        return reversed(newer)
+
 
 class Bell:
     """Wakes coroutines when something has happened; `ring` may be called from any thread."""
@@ -53,9 +113,10 @@ class Bell:
     def ring(self) -> None:
         """Wakes all that wait."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake)
+            self._loop.call_soon_threadsafe(self.wake)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """The same, in the loop."""
         for waiting in self._waiting:
             waiting.set()
 

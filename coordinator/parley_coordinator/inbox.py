@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
-from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed
 from parley_coordinator.clock import Clock
 from parley_coordinator.models import (
+    LIVE,
     AgreementRow,
     BundleRow,
     CountersignatureRow,
@@ -56,31 +56,27 @@ class Inbox:
         now = self._clock()
         found: list[Item] = []
         with self._store.read() as session:
-            rows = session.execute(
-                select(AgreementRow, Membership.name)
-                .join(Membership, Membership.agreement == AgreementRow.digest)
-                .where(Membership.key == key)
-            ).all()
-            for row, name in rows:
-                found += self._of(session, row, name, now)
+            facts = _Facts.of(session, key)
+            for row, name in facts.memberships:
+                found += self._of(session, facts, row, name, now)
         return sorted(found, key=lambda item: (item.since_ms, item.agreement, item.kind, item.table))
 
-    def _of(self, session: Session, row: AgreementRow, name: str, now: int) -> list[Item]:
+    def _of(self, session: Session, facts: _Facts, row: AgreementRow, name: str, now: int) -> list[Item]:
         agreement = parsed(row.canonical)
-        found = _fetch(session, row, agreement, name)
+        found = _fetch(facts, row, agreement, name)
         if row.expires_ms <= now:
             return found
-        newest = db.newest(session, row.series, complete=True)
-        if newest is not None and newest.version >= row.version and newest.digest != row.digest:
+        newest = facts.newest.get(row.series)
+        if newest is not None and newest[0] >= row.version and newest[1] != row.digest:
             return found
         if row.complete_ms is None:
-            if session.get(SignatureRow, (row.digest, name)) is None:
+            if (row.digest, name) not in facts.signed:
                 found.append(Item(InboxItem.KIND_SIGN, row.digest, name, row.put_ms))
             return found
-        running = db.live_session(session, row.series)
+        running = facts.running.get(row.series)
         if running is not None and (running.agreement != row.digest or running.session is None):
             running = None
-        uploads = _uploads(session, row, agreement, name, running)
+        uploads = _uploads(facts, row, agreement, name, running)
         found += uploads
         if running is not None:
             if not uploads:
@@ -90,31 +86,87 @@ class Inbox:
         return found
 
 
-def _fetch(session: Session, row: AgreementRow, agreement: Agreement, name: str) -> list[Item]:
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the store knows of all agreements of a key, with one query for each kind, however many there are."""
+
+    memberships: list[tuple[AgreementRow, str]]
+    newest: dict[bytes, tuple[int, bytes]]
+    """(version, digest) of the newest version of a series that all have signed."""
+    running: dict[bytes, SessionRow]
+    """Live sessions, by series."""
+    signed: set[tuple[bytes, str]]
+    uploaded: set[tuple[bytes, str, str]]
+    """(agreement, party, table) of complete uploads."""
+    released: dict[bytes, list[tuple[int, bytes, int]]]
+    """(number, session, time of the bundle) by agreement."""
+    fetched: set[tuple[int, str]]
+
+    @classmethod
+    def of(cls, session: Session, key: bytes) -> _Facts:
+        mine = select(Membership.agreement).where(Membership.key == key)
+        series = select(AgreementRow.series).where(AgreementRow.digest.in_(mine))
+        memberships = session.execute(
+            select(AgreementRow, Membership.name)
+            .join(Membership, Membership.agreement == AgreementRow.digest)
+            .where(Membership.key == key)
+        )
+        newest = session.execute(
+            select(AgreementRow.series, AgreementRow.version, AgreementRow.digest)
+            .where(AgreementRow.series.in_(series), AgreementRow.complete_ms.is_not(None))
+            # As `db.newest` orders them; what comes last stays.
+            .order_by(AgreementRow.version, AgreementRow.put_ms.desc())
+        )
+        running = session.scalars(select(SessionRow).where(SessionRow.series.in_(series), SessionRow.phase.in_(LIVE)))
+        signed = session.execute(
+            select(SignatureRow.agreement, SignatureRow.member)
+            .join(
+                Membership, and_(Membership.agreement == SignatureRow.agreement, Membership.name == SignatureRow.member)
+            )
+            .where(Membership.key == key)
+        )
+        uploaded = session.execute(
+            select(UploadRow.agreement, UploadRow.party, UploadRow.table_name)
+            .join(Membership, and_(Membership.agreement == UploadRow.agreement, Membership.name == UploadRow.party))
+            .where(Membership.key == key, UploadRow.complete_ms.is_not(None))
+        )
+        bundles = session.execute(
+            select(SessionRow.agreement, SessionRow.number, SessionRow.session, BundleRow.at_ms)
+            .join(BundleRow, BundleRow.number == SessionRow.number)
+            .where(SessionRow.agreement.in_(mine))
+        )
+        fetched = session.execute(
+            select(FetchRow.number, FetchRow.member)
+            .join(SessionRow, SessionRow.number == FetchRow.number)
+            .where(SessionRow.agreement.in_(mine))
+        )
+        released: dict[bytes, list[tuple[int, bytes, int]]] = {}
+        for agreement, number, identifier, at_ms in bundles:
+            released.setdefault(agreement, []).append((number, identifier or b"", at_ms))
+        return cls(
+            memberships=[(row, name) for row, name in memberships],
+            newest={found: (version, digest) for found, version, digest in newest},
+            running={row.series: row for row in running},
+            signed={(agreement, member) for agreement, member in signed},
+            uploaded={(agreement, party, table) for agreement, party, table in uploaded},
+            released=released,
+            fetched={(number, member) for number, member in fetched},
+        )
+
+
+def _fetch(facts: _Facts, row: AgreementRow, agreement: Agreement, name: str) -> list[Item]:
     if name not in agreement.recipients:
         return []
-    released = session.execute(
-        select(SessionRow, BundleRow)
-        .join(BundleRow, BundleRow.number == SessionRow.number)
-        .where(SessionRow.agreement == row.digest)
-    ).all()
     return [
-        Item(InboxItem.KIND_FETCH, row.digest, name, bundle.at_ms, session=ended.session or b"")
-        for ended, bundle in released
-        if session.get(FetchRow, (ended.number, name)) is None
+        Item(InboxItem.KIND_FETCH, row.digest, name, at_ms, session=identifier)
+        for number, identifier, at_ms in facts.released.get(row.digest, ())
+        if (number, name) not in facts.fetched
     ]
 
 
 def _uploads(
-    session: Session, row: AgreementRow, agreement: Agreement, name: str, running: SessionRow | None
+    facts: _Facts, row: AgreementRow, agreement: Agreement, name: str, running: SessionRow | None
 ) -> list[Item]:
-    complete = set(
-        session.scalars(
-            select(UploadRow.table_name).where(
-                UploadRow.agreement == row.digest, UploadRow.party == name, UploadRow.complete_ms.is_not(None)
-            )
-        )
-    )
     due = running.deadline_ms if running is not None and running.phase == "open" else 0
     return [
         Item(
@@ -127,7 +179,7 @@ def _uploads(
             due_ms=due,
         )
         for table in agreement.tables_of(name)
-        if table not in complete
+        if (row.digest, name, table) not in facts.uploaded
     ]
 
 

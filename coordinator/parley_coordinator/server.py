@@ -50,8 +50,12 @@ LONG: Final = 24
 """Threads that wait for an enclave which answers soon, or starts."""
 JOINS: Final = 64
 """Joins that are judged at a time, over all enclaves; more wait. With LONG fewer than one enclave takes connections."""
+WATCHING: Final = 2
+"""Threads that read events: many who begin to watch at once wait for one another, and nobody else for them."""
 STREAMS: Final = 256
 """Calls under way on one connection."""
+WINDOW_BYTES: Final = 2 << 20
+"""What a client may send of one stream before it is read: 20 MB/s where an answer takes 100 ms."""
 METADATA_BYTES: Final = 16 << 10
 """Metadata of a call: a caller statement is below 1 KiB."""
 IDLE_MS: Final = 15 * 60_000
@@ -119,9 +123,11 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
     long = ThreadPoolExecutor(LONG, thread_name_prefix="long")
     joins = ThreadPoolExecutor(JOINS, thread_name_prefix="join")
     disk = ThreadPoolExecutor(DISK, thread_name_prefix="disk")
+    watching = ThreadPoolExecutor(WATCHING, thread_name_prefix="watch")
     deadlines = config.deadlines
     guard = Guard(SERVICE, request_s=deadlines.request_s, calls_per_member=config.quotas.calls_per_member)
-    service = Service(parts, bell, guard, idle_s=deadlines.idle_s, quick=quick, disk=disk, long=long, joins=joins)
+    pools = {"quick": quick, "disk": disk, "long": long, "joins": joins, "watching": watching}
+    service = Service(parts, bell, guard, idle_s=deadlines.idle_s, **pools)
     guard.protect(service.admit, abort)
     metrics = telemetry.setup(config.telemetry, lambda: db.phases(store))
     server = _server(config, guard)
@@ -154,10 +160,11 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
     service.stop()
     world.launcher.close()
     await server.stop(config.grace_s)
+    await service.close()
     await loop.run_in_executor(quick, sessions.close)
     await loop.run_in_executor(quick, keeper.close)
     await peers.close()
-    for pool in (joins, long, disk, quick):
+    for pool in pools.values():
         pool.shutdown()
     blobs.close()
     telemetry.close()
@@ -178,6 +185,9 @@ def _server(config: Config, guard: Guard) -> grpc.aio.Server:
             ("grpc.so_reuseport", 0),
             ("grpc.max_allowed_incoming_connections", config.connections),
             ("grpc.max_concurrent_streams", STREAMS),
+            # What is held of a stream whose reader waits: left alone it grows to 8 MB and more, times all uploads.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
             # Who connects and goes no further is cut off, and so is whoever has had nothing to say for a while.
             ("grpc.server_handshake_timeout_ms", int(config.deadlines.handshake_s * 1000)),
             ("grpc.http2.settings_timeout", int(config.deadlines.handshake_s * 1000)),

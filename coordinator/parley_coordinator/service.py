@@ -28,7 +28,7 @@ from parley_coordinator.agreements import Agreements, AgreementView
 from parley_coordinator.callers import METADATA_KEY, Callers
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Quotas
-from parley_coordinator.events import Bell, Events
+from parley_coordinator.events import Bell, Events, Tail
 from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.kms_joins import KmsJoins
@@ -51,7 +51,9 @@ WATCH_S = 30.0
 """A stream looks for events at least so often, also when no bell rang: other processes write to the store too."""
 BURST_S = 0.05
 """How long a stream lets events gather after a bell."""
-WAITING = 4
+RETRY_S = 0.5
+"""When events are read again, after that failed."""
+WAITING = 2
 """Messages of one upload that wait for the disk: memory of a stream."""
 PATIENCE_S = 0.25
 """How soon an upload's stream notices that another one has taken over."""
@@ -76,8 +78,8 @@ class Parts:
 
 
 class Service(CoordinatorServicer):
-    """The methods of coordinator.proto. Pools of threads: `quick` for the store, `disk` for blobs, `long` for what an
-    enclave answers at once, `joins` for what it takes its time for."""
+    """The methods of coordinator.proto. Pools of threads: `quick` for the store, `watching` for its events, `disk` for blobs,
+    `long` for what an enclave answers at once, `joins` for what it takes its time for."""
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Service(CoordinatorServicer):
         disk: Executor,
         long: Executor,
         joins: Executor,
+        watching: Executor,
     ) -> None:
         self._parts = parts
         self._bell = bell
@@ -101,11 +104,21 @@ class Service(CoordinatorServicer):
         self._joins = joins
         self._watches: Counter[bytes] = Counter()
         self._stopping = asyncio.Event()
+        self._watching = watching
+        self._tail: Tail | None = None
+        self._following: asyncio.Future[None] | None = None
 
     def stop(self) -> None:
         """Ends the streams that wait for events; called in the loop."""
         self._stopping.set()
         self._bell.ring()
+        if self._following is not None:
+            self._told.ring()
+
+    async def close(self) -> None:
+        """Waits until nothing reads events any more; after `stop`."""
+        if self._following is not None:
+            await self._following
 
     # Agreements
 
@@ -162,26 +175,64 @@ class Service(CoordinatorServicer):
         if self._watches[key] >= self._parts.quotas.watches_per_member:
             await _abort(context, RefusedError("quota", "this key watches in as many streams as it may"))
         self._watches[key] += 1
-        rung = self._bell.subscribe()
+        if self._following is None:
+            self._told = Bell(asyncio.get_running_loop())
+            self._following = asyncio.ensure_future(self._follow(self._told))
+        rung = self._told.subscribe()
         number = request.after
         try:
-            await self._run(context, self._quick, self._parts.events.check, key, request.session)
+            await self._run(context, self._watching, self._parts.events.check, key, request.session)
             while not self._stopping.is_set():
                 rung.clear()
-                rows = await self._run(context, self._quick, self._parts.events.after, key, number, request.session)
-                for row in rows:
-                    number = row.number
+                tail = self._tail
+                if tail is None or number < tail.first - 1:
+                    after = self._parts.events.after
+                    for row in (rows := await self._run(context, self._watching, after, key, number, request.session)):
+                        number = row.number
+                        yield _event(row)
+                    if rows or tail is None:
+                        if not rows:
+                            await _within(rung, WATCH_S)
+                        continue
+                    # There are none between the number and the tail.
+                    number = tail.first - 1
+                upto = tail.last
+                for row in tail.after(key, number, request.session):
                     yield _event(row)
-                if not rows:
+                number = max(number, upto)
+                if tail.last == upto:
                     await _within(rung, WATCH_S)
-                    # Events come in bursts, as many parties join: one query finds all of a burst.
-                    await asyncio.sleep(BURST_S)
             await _abort(context, _stopping())
         finally:
-            self._bell.unsubscribe(rung)
+            self._told.unsubscribe(rung)
             self._watches[key] -= 1
             if not self._watches[key]:
                 del self._watches[key]
+
+    async def _follow(self, told: Bell) -> None:
+        """Reads what has happened, once for all streams that wait for it."""
+        rung = self._bell.subscribe()
+        events = self._parts.events
+        while not self._stopping.is_set():
+            rung.clear()
+            try:
+                if self._tail is None:
+                    self._tail = Tail(await self._in(self._watching, events.newest))
+                happened = await self._in(self._watching, events.since, self._tail.last)
+            except UnavailableError as error:
+                log.warning("events-wait", code=error.code)
+                await asyncio.sleep(RETRY_S)
+                continue
+            except Exception:  # noqa: BLE001  # it must go on: without it no stream hears of anything
+                log.fault("events-failed")
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._tail.add(happened)
+            told.wake()
+            if not happened:
+                await _within(rung, WATCH_S)
+                # Events come in bursts, as many parties join: one query finds all of a burst.
+                await asyncio.sleep(BURST_S)
 
     # Uploads
 
