@@ -1,4 +1,4 @@
-"""`parley-coordinator`: init, run, operators, digest, doctor."""
+"""`parley-coordinator`: init, run, migrate, operators, digest, doctor."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     _place(run)
     run.add_argument("--listen", help="address:port instead of the configured one")
     run.set_defaults(run=_run)
+    migrate = commands.add_parser("migrate", help="bring the database's tables up to date, or make them")
+    _place(migrate)
+    migrate.set_defaults(run=_migrate)
     operators = commands.add_parser("operators", help="keys that may put agreements and open sessions")
     actions = operators.add_subparsers(required=True, metavar="ACTION")
     for name, action, text in (("add", _add, "list keys"), ("remove", _remove, "list them no longer")):
@@ -98,6 +101,14 @@ def _run(options: argparse.Namespace) -> int:
         config = replace(config, listen=options.listen)
     log.setup(config.log_level)
     asyncio.run(server.serve(config))
+    return 0
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from parley_coordinator import migrations
+
+    before, now = migrations.migrate(_config(options).database)
+    _print(f"{before or 'empty'} -> {now}" if before != now else f"{now}: nothing to do")
     return 0
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import ForeignKey, Index, LargeBinary, Text, UniqueConstraint, text
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, LargeBinary, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA: Final = 1
-"""The version of these tables; a database of another one is refused."""
+REVISION: Final = "0002"
+"""The newest of the folder `migrations`, which leads to these tables."""
 
 LIVE: Final = ("launching", "open", "rostered", "computing")
 """Phases of a session whose enclave is needed. The others are `released` and `lost`."""
@@ -20,11 +20,16 @@ LIVE: Final = ("launching", "open", "rostered", "computing")
 class Base(DeclarativeBase):
     """All tables."""
 
-    type_annotation_map = {bytes: LargeBinary, str: Text}  # noqa: RUF012  # SQLAlchemy declares it so
+    type_annotation_map = {  # noqa: RUF012  # SQLAlchemy declares it so
+        bytes: LargeBinary,
+        str: Text,
+        # Milliseconds need 64 bits, which SQLite's INTEGER has; and it counts rows up under this name alone.
+        int: BigInteger().with_variant(Integer(), "sqlite"),
+    }
 
 
 class SchemaVersion(Base):
-    """One row: the version of the tables."""
+    """One row: a number at which the first programs looked, so that they refuse tables that they do not know."""
 
     __tablename__ = "schema_version"
     version: Mapped[int] = mapped_column(primary_key=True)
@@ -74,7 +79,11 @@ class SignatureRow(Base):
 
 
 class UploadRow(Base):
-    """An upload. `number` names its blob; the first `stored` bytes of `size` are on the disk for good."""
+    """An upload. `number` names its blob; the first `stored` bytes of `size` are on the disk for good.
+
+    `writer` counts the streams that have written it: the newest one alone may say what is stored. `state` is what the blob
+    store needs to go on.
+    """
 
     __tablename__ = "uploads"
     __table_args__ = (Index("uploads_of_party", "agreement", "party", "table_name"), {"sqlite_autoincrement": True})
@@ -89,6 +98,8 @@ class UploadRow(Base):
     stored: Mapped[int]
     begun_ms: Mapped[int]
     complete_ms: Mapped[int | None]
+    writer: Mapped[int] = mapped_column(default=0, server_default="0")
+    state: Mapped[str] = mapped_column(default="", server_default=text("''"))
 
 
 class SessionRow(Base):
@@ -122,6 +133,30 @@ class SessionRow(Base):
     deadline_ms: Mapped[int] = mapped_column(default=0)
     ended_ms: Mapped[int | None]
     stored_told: Mapped[bool] = mapped_column(default=False)
+
+
+class LeaseRow(Base):
+    """Which coordinator serves a session, until when by the database's clock. Whoever takes it over counts `token` up, and
+    changes of the session are made under the newest token alone. `node` is where the session's enclave lives: only the
+    coordinators there reach it. `address` is where the holder takes calls that another coordinator passes on.
+    """
+
+    __tablename__ = "leases"
+    number: Mapped[int] = mapped_column(ForeignKey("sessions.number"), primary_key=True, autoincrement=False)
+    node: Mapped[str]
+    holder: Mapped[str] = mapped_column(index=True)
+    address: Mapped[str]
+    token: Mapped[int]
+    expires_ms: Mapped[int]
+
+
+class DoomedBlob(Base):
+    """A blob that nothing names any more, and that is still to be deleted."""
+
+    __tablename__ = "doomed_blobs"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+    at_ms: Mapped[int]
 
 
 class OpenRequest(Base):

@@ -45,9 +45,9 @@ def key(name: str) -> bytes:
 class Desk:
     """Store, blobs and what works on them; `now` is the clock. ann's key is the operator's only one."""
 
-    def __init__(self, folder: Path, quotas: Quotas = Quotas()) -> None:  # frozen
+    def __init__(self, folder: Path, quotas: Quotas = Quotas(), database: str | None = None) -> None:  # frozen
         self.now = NOW
-        self.store = Store(f"sqlite:///{folder / 'c.db'}")
+        self.store = Store(database or f"sqlite:///{folder / 'c.db'}")
         self.blobs = Directory(folder / "blobs")
         self.agreements = Agreements(self.store, quotas, self.clock)
         self.uploads = Uploads(self.store, self.blobs, quotas, self.clock, handover_s=1.0)

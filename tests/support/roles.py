@@ -61,7 +61,27 @@ TABLE = (
         frozenset({"parley_protocol"}),
         _PROTOCOL
         | _GRPC
-        | {"grpc_health", "grpc_reflection", "sqlalchemy", "alembic", "mako", "markupsafe", "greenlet"},
+        | frozenset(
+            [
+                "grpc_health",
+                "grpc_reflection",
+                "sqlalchemy",
+                "greenlet",
+                "alembic",
+                "mako",
+                "markupsafe",
+                "psycopg",
+                "psycopg_binary",
+                "prometheus_client",
+                "boto3",
+                "botocore",
+                "s3transfer",
+                "jmespath",
+                "dateutil",
+                "six",
+                "urllib3",
+            ]
+        ),
         with_grpc=True,
     ),
     Role(

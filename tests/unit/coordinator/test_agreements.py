@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from support.desk import MEMBERS, NOW, STRANGER, Desk, key, make_agreement
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+def desk(tmp_path: Path, database: str) -> Iterator[Desk]:
+    made = Desk(tmp_path, database=database)
+    yield made
+    made.store.close()
 
 
 def refusal(caught: pytest.ExceptionInfo[RefusedError]) -> str:

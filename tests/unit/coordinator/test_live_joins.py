@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -64,12 +65,14 @@ class Waiting(Live):
 
 
 @pytest.fixture
-def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Waiting:
+def waiting(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Waiting]:
     def verify(cose: bytes, *_: object) -> Any:
         return SimpleNamespace(party=cose[:3].decode(), digest=cose.ljust(48, b"."))
 
     monkeypatch.setattr(live, "verify_join", verify)
-    return Waiting(Desk(tmp_path))
+    desk = Desk(tmp_path, database=database)
+    yield Waiting(desk)
+    desk.store.close()
 
 
 def test_a_join_that_waits_is_not_relayed_behind_a_newer_one(waiting: Waiting) -> None:

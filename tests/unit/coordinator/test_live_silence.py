@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -80,6 +80,13 @@ class Silent(Live):
 
 
 @pytest.fixture
+def desk(tmp_path: Path, database: str) -> Iterator[Desk]:
+    made = Desk(tmp_path, database=database)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
 def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]], None]:
     def make(kind: type[UnavailableError]) -> None:
         def connect(address: str, timeout_s: float = 1.0) -> Any:
@@ -92,22 +99,22 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]
 
 
 def test_an_enclave_that_is_silent_and_alive_is_waited_for(
-    tmp_path: Path, silence: Callable[[type[UnavailableError]], None]
+    desk: Desk, silence: Callable[[type[UnavailableError]], None]
 ) -> None:
     silence(UnavailableError)
     launcher = Launcher(alive=True)
-    live = Silent(Desk(tmp_path), launcher)
+    live = Silent(desk, launcher)
     live.tick()
     assert (live.phase, launcher.stopped) == ("open", [])
 
 
 @pytest.mark.parametrize("kind", [UnavailableError, relay.GoneError])
 def test_an_enclave_that_has_ended_is_lost(
-    tmp_path: Path, silence: Callable[[type[UnavailableError]], None], kind: type[UnavailableError]
+    desk: Desk, silence: Callable[[type[UnavailableError]], None], kind: type[UnavailableError]
 ) -> None:
     silence(kind)
     launcher = Launcher(alive=False)
-    live = Silent(Desk(tmp_path), launcher)
+    live = Silent(desk, launcher)
     live.tick()
     assert (live.phase, launcher.stopped) == ("lost", [HANDLE])
     with live._world.store.read() as session:

@@ -1,0 +1,130 @@
+"""A PostgreSQL of the tests' own: a cluster in a folder, at a Unix socket alone, from the packages of the distribution."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from parley_coordinator import migrations
+
+USER = "postgres"
+_PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt/postgresql", "/usr/local/opt/postgresql")
+
+
+def programs() -> Path | None:
+    """The folder with initdb and postgres, newest version first."""
+    found = [path.parent for place in _PLACES for path in Path(place).glob("**/bin/initdb")]
+    found += [Path(path).resolve().parent for path in (shutil.which("initdb"),) if path]
+    usable = [folder for folder in found if (folder / "postgres").exists()]
+    return max(usable, key=lambda folder: [int(part) for part in folder.parts if part.isdecimal()], default=None)
+
+
+def install() -> Path:
+    """The programs; installed by apt-get where root may. Skips, and says so, where they cannot be had."""
+    there = programs()
+    if there is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", "postgresql"]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, check=False)
+        there = programs()
+    if there is None:
+        reason = "PostgreSQL is not here and cannot be installed: what only it can show is NOT tested"
+        warnings.warn(pytest.PytestWarning(reason), stacklevel=2)
+        pytest.skip(reason)
+    return there
+
+
+class Cluster:
+    """A running server; `database()` makes an empty database and gives its URL."""
+
+    def __init__(self, folder: Path) -> None:
+        self._bin = install()
+        self._folder = folder
+        self._count = 0
+        self._template = ""
+        self._user = USER if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+        self._as = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
+        if self._as:
+            shutil.chown(folder, USER, USER)
+        self._run("initdb", "--pgdata", "data", "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync")
+        self.start()
+
+    def start(self) -> Self:
+        """Starts the server and waits until it answers."""
+        # The machine lives on when the server is killed here, so its page cache is as good as a disk.
+        options = (
+            f"-c listen_addresses='' -c unix_socket_directories='{self._folder}' -c max_connections=200 -c fsync=off"
+        )
+        self._run("pg_ctl", "--pgdata", "data", "--wait", "--log", "log", "--options", options, "start")
+        return self
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stops it: `fast` ends connections in order, `immediate` is a crash."""
+        self._run("pg_ctl", "--pgdata", "data", "--wait", "--mode", mode, "stop")
+
+    def database(self, template: str = "template1") -> str:
+        """The URL of a new database."""
+        self._count += 1
+        name = f"parley{self._count}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.url(name)
+
+    def migrated(self) -> str:
+        """The URL of a new database with the store's tables."""
+        if not self._template:
+            url = self.database()
+            migrations.migrate(url)
+            self._template = f"parley{self._count}"
+        return self.database(self._template)
+
+    def url(self, name: str) -> str:
+        """The URL of a database."""
+        return f"postgresql+psycopg://{self._user}@/{name}?host={self._folder}"
+
+    def execute(self, statement: str, name: str = "postgres") -> list[tuple[object, ...]]:
+        """The rows of one statement, outside of a transaction."""
+        engine = create_engine(self.url(name), isolation_level="AUTOCOMMIT")
+        try:
+            with engine.connect() as connection:
+                result = connection.execute(text(statement))
+                return [tuple(row) for row in result] if result.returns_rows else []
+        finally:
+            engine.dispose()
+
+    def _run(self, program: str, *arguments: str) -> None:
+        run = subprocess.run(
+            [str(self._bin / program), *arguments],
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if program == "initdb" else subprocess.DEVNULL,
+            text=True,
+            check=False,
+            timeout=120,
+            **self._as,  # type: ignore[call-overload]
+        )
+        log = self._folder / "log"
+        said = run.stdout or (log.read_text(errors="replace")[-2000:] if log.exists() else "")
+        assert run.returncode == 0, f"{program}: {said}"
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A cluster for as long as the block lasts. Its path is short, for its socket's sake, and open to the server's user."""
+    with tempfile.TemporaryDirectory(prefix="pg-") as name:
+        made = Cluster(Path(name))
+        try:
+            yield made
+        finally:
+            made.stop("immediate")
