@@ -378,7 +378,15 @@ class Session:
     def _leave_others(self, verified: _Verified) -> None:
         """Learns which other sessions under this head are lost; the state refuses the join while one is not (F2)."""
         for other in self._state.others(self.agreement.series, verified.chain.head, self.id):
-            if self._transport.get_session(other.session).phase == "lost":
+            try:
+                phase = self._transport.get_session(other.session).phase
+            except RefusedError as error:
+                # A coordinator whose store was restored from a backup knows no such session. That is no more than its word, as
+                # "lost" is; with the one-time key goes what this member could still sign there.
+                if error.code != "unknown-session":
+                    raise
+                phase = "lost"
+            if phase == "lost":
                 self._state.see(other.session, View.LOST)
 
     def _new_join(self, verified: _Verified, uploads: tuple[bytes, ...]) -> Joined:

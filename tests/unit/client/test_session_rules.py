@@ -194,6 +194,19 @@ def test_two_enclaves_under_one_head_are_not_both_fed(desk: Desk) -> None:
     assert before.roster_key != after.roster_key
 
 
+def test_a_session_that_the_coordinator_does_not_know_any_more_is_lost(desk: Desk) -> None:
+    """Its store was restored from a backup: whoever had joined would otherwise join nothing ever again."""
+    first, second = desk.wire.open(), desk.wire.open()
+    session_of(desk, "ada", first).submit({"visits": frame_of(1)})
+    del desk.wire.sessions[first.paper.offer.session]
+    session_of(desk, "ada", second).join()
+    before = payload(Join, desk.wire.sent[0][1])
+    assert not desk.members["ada"].state.has_roster_key(before.roster_key)
+    joined = desk.members["ada"].state.joined(first.paper.offer.session)
+    assert joined is not None
+    assert joined.view == "lost"
+
+
 @pytest.mark.parametrize("field", ["join", "uploads", "party", "offer"])
 def test_a_receipt_for_something_else_is_no_receipt(desk: Desk, field: str) -> None:
     opened = desk.wire.open()
