@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="go on after a seed that fails")
     parser.add_argument("--shrink", action="store_true", help="look for the fewest steps that fail too")
     options = parser.parse_args(arguments)
+    # Whatever ends this ends what it started, too.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     seed = options.seed if options.seed is not None else int(time.time()) % 1_000_000
     folder = Path(tempfile.mkdtemp(prefix="parley-soak-"))
     end = time.monotonic() + options.seconds

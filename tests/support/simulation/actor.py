@@ -154,20 +154,24 @@ class Actor:
 def _run(task: Task) -> int:
     log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if task.file_bytes:
+        limit = (task.file_bytes, resource.RLIM_INFINITY)
+
     def say(*parts: Any) -> None:
+        # The log is no file of the member's.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(log, (json.dumps(parts) + "\n").encode())
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         transport._LONGEST_PAUSE_S = 0.5  # type: ignore[misc]  # nobody is away for longer here
         if task.ahead_s:
             clock, ahead = time.time_ns, int(task.ahead_s * 1e9)
             time.time_ns = lambda: clock() + ahead
-        if task.file_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (task.file_bytes, resource.RLIM_INFINITY))
         Actor(task, say).live()
     except BaseException:
-        if task.file_bytes:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         say("fault", traceback.format_exc())
         return 1
     say("done")

@@ -128,11 +128,6 @@ class Calls:
         with self._lock:
             self.rules.append(rule)
 
-    def disarm(self) -> None:
-        """No rule stands any more."""
-        with self._lock:
-            self.rules.clear()
-
     # A call
 
     def run(self, method: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -62,11 +62,6 @@ class Links:
         with self._lock:
             self.rules.append(rule)
 
-    def disarm(self) -> None:
-        """No rule stands any more."""
-        with self._lock:
-            self.rules.clear()
-
     def strike(self, op: str) -> LinkRule | None:
         """The rule that strikes an operation."""
         with self._lock:

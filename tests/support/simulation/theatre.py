@@ -230,11 +230,6 @@ class Theatre:
             self._wait(step)
             self.say(f"  {step.number}. {step}{'' if self._take(step) else ': nothing there'}")
             self.invariants.check(f"after step {step.number}, {step.op}")
-        missed = [str(rule) for rule in self.calls.rules if not rule.struck]
-        missed += [str(rule) for rule in self.links.rules if not rule.struck]
-        if missed:
-            self.say(f"  not met: {', '.join(missed)}")
-        self._heal()
         self.finish()
 
     def begin(self) -> None:
@@ -243,7 +238,7 @@ class Theatre:
             self.start_member(name)
 
     def finish(self, *, calm: bool = False) -> None:
-        """Nothing goes wrong any more: all members must get to their end. `calm`: nothing went wrong."""
+        """Nothing more goes wrong than what stands already: all members must get to their end. `calm`: nothing went wrong."""
         end = time.monotonic() + PATIENCE_S
         while not self.over:
             self._tend()
@@ -259,6 +254,12 @@ class Theatre:
                 phases = self.node.rows("SELECT number, phase, code FROM sessions")
                 raise AssertionError(f"ends: no release within {PATIENCE_S:.0f} s: {waiting}; sessions {phases}")
             time.sleep(0.05)
+        missed = [str(rule) for rule in self.calls.rules if not rule.struck]
+        missed += [str(rule) for rule in self.links.rules if not rule.struck]
+        if missed:
+            self.say(f"  not met: {', '.join(missed)}")
+        while self._later:
+            self._tend()
         self.invariants.check("at the end")
         if not calm:
             self.invariants.check_end()
@@ -283,13 +284,6 @@ class Theatre:
 
     def _after(self, seconds: float, what: str, work: Callable[[], None]) -> None:
         self._later.append(_Later(time.monotonic() + seconds, work, what))
-
-    def _heal(self) -> None:
-        self.calls.disarm()
-        self.links.disarm()
-        left, self._later = self._later, []
-        for later in left:
-            later.work()
 
     # Steps
 
