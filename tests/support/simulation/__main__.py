@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="how long to play")
     parser.add_argument("--seed", type=int, default=None, help="the first seed; default: by the clock")
     parser.add_argument("--one", action="store_true", help="play that seed alone")
-    parser.add_argument("--steps", default="", help="of that seed, only these steps: 1,3,4")
+    parser.add_argument("--plan", default="", help="play this plan alone: what a failure has printed")
     parser.add_argument("--keep-going", action="store_true", help="go on after a seed that fails")
     parser.add_argument("--shrink", action="store_true", help="look for the fewest steps that fail too")
     options = parser.parse_args(arguments)
@@ -38,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage = Stage(folder / "s")
     try:
         while True:
-            plan = Plan.of(seed)
-            if options.steps:
-                plan = plan.only([int(number) for number in options.steps.split(",")])
+            plan = Plan.parse(options.plan) if options.plan else Plan.of(seed)
             found = fails(stage, folder / "p", plan, print)
             seeds += 1
             steps.update(step.op for step in plan.steps)
@@ -48,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             releases += found.releases
             if found.error:
                 failed += 1
-                print(f"SEED {seed} FAILS: {found.error}", flush=True)
+                print(f"SEED {plan.seed} FAILS: {found.error}", flush=True)
                 if options.shrink:
                     plan = shrink(stage, folder / "p", plan, print)
-                print(f"replay: make soak SEED={seed} ARGS='--one --steps {plan.numbers}'", flush=True)
+                print(f"replay: make soak PLAN='{plan.to_json()}'", flush=True)
                 if not options.keep_going:
                     break
             seed += 1
-            if options.one or time.monotonic() > end:
+            if options.one or options.plan or time.monotonic() > end:
                 break
     finally:
         stage.close()

@@ -44,7 +44,8 @@ class Task:
     """What one member is to do: take part until it holds `rounds` releases.
 
     `opens`: it opens and starts sessions. `by_hand`: a file; where it is there, its user signs rosters with changed inputs.
-    `ahead_s`: how far its clock is ahead; `file_bytes`: the largest file that it may write, 0 for any.
+    `ahead_s`: how far its clock is ahead; `file_bytes`: the largest file that it may write, 0 for any. `patience_s`: how long its
+    library repeats a call.
     """
 
     name: str

@@ -34,9 +34,10 @@ _OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 200),
 )
 
-FAULTS: Final = ("lost-request", "lost-response", "held", "twice", "broken")
+FAULTS: Final = ("lost-request", "lost-response", "held", "twice", "broken", "asked", "answered")
 """A call never arrives; its answer does not come back; it arrives late, after `seconds`; it arrives once more, `seconds` after
-it was answered, from nobody who waits for the answer; its connection breaks after the first message of a stream."""
+it was answered, from nobody who waits for the answer; its connection breaks after the first message of a stream. The last two
+do nothing to it, but call `act` before it is passed on, or before its answer is."""
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Rule:
     method: str
     member: str = ""
     seconds: float = 0.0
+    skip: int = 0
+    """How many such calls go by first."""
+    act: Callable[[], object] = lambda: None
     struck: bool = False
 
     def __str__(self) -> str:
@@ -138,6 +142,8 @@ class Calls:
         seconds = 0.0 if rule is None else rule.seconds
         if fault == "lost-request":
             self._break(context)
+        if rule is not None and fault == "asked":
+            rule.act()
         if fault == "held":
             time.sleep(seconds)
         sent: list[bytes] = []
@@ -164,6 +170,8 @@ class Calls:
                     yield reply
         except grpc.RpcError as error:
             code = _code(error)
+            if rule is not None and fault == "answered":
+                rule.struck = False  # an error is no answer
             delivered = fault not in ("lost-response", "broken")
             self._ended(member, method, sent, replies, code, error.code().name, delivered, target)
             if not delivered:
@@ -172,6 +180,8 @@ class Calls:
             context.abort(error.code(), error.details() or "")
         delivered = fault not in ("lost-response", "broken")
         self._ended(member, method, sent, replies, "", "OK", delivered, target)
+        if rule is not None and fault == "answered":
+            rule.act()
         if fault == "twice":
             threading.Thread(
                 target=self._again, args=(member, method, tuple(sent), metadata, target, seconds), daemon=True
@@ -217,6 +227,9 @@ class Calls:
         with self._lock:
             for rule in self.rules:
                 if not rule.struck and rule.method == method and rule.member in ("", member):
+                    if rule.skip:
+                        rule.skip -= 1
+                        continue
                     rule.struck = True
                     return rule
         return None

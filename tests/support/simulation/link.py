@@ -21,8 +21,8 @@ from parley_protocol.errors import MalformedError
 from parley_protocol.v1 import enclave_pb2 as pb
 from support.simulation.launch import INNER
 
-FAULTS: Final = ("lost-request", "lost-response", "held", "broken")
-"""As in `calls`; `broken` ends a Serve connection after `pulls` frames."""
+FAULTS: Final = ("lost-request", "lost-response", "held", "broken", "asked", "answered")
+"""As in `calls`. The operation `pull` is each one on a Serve connection, which it may break."""
 _PART: Final = 1 << 18
 
 
@@ -33,7 +33,10 @@ class LinkRule:
     fault: str
     op: str
     seconds: float = 0.0
-    pulls: int = 0
+    skip: int = 0
+    only: Callable[[], bool] = lambda: True
+    """Whether this is one that it strikes."""
+    act: Callable[[], object] = lambda: None
     struck: bool = False
 
     def __str__(self) -> str:
@@ -66,7 +69,10 @@ class Links:
         """The rule that strikes an operation."""
         with self._lock:
             for rule in self.rules:
-                if not rule.struck and rule.op == op:
+                if not rule.struck and rule.op == op and rule.only():
+                    if rule.skip:
+                        rule.skip -= 1
+                        continue
                     rule.struck = True
                     return rule
         return None
@@ -159,27 +165,36 @@ class _Wire:
             return
         if rule is not None and fault == "held":
             time.sleep(rule.seconds)
+        if rule is not None and fault == "asked":
+            rule.act()
         self._links.saw(op, asked, False)
         enclave.sendall(asked)
         if op == "serve":
-            self._serve(host, enclave, rule)
+            self._serve(host, enclave)
             return
-        # Who asks may give up: then the enclave's end is closed too.
         while (answer := _frame(enclave)) is not None:
             self._links.saw(op, answer, True)
             kind = pb.Answer.FromString(answer[framing.HEADER_BYTES :]).WhichOneof("op")
             if fault == "lost-response" and kind != "progress":
                 return
+            if rule is not None and fault == "answered" and kind not in ("progress", "failed"):
+                rule.act()
+                rule = None
             host.sendall(answer)
             if kind != "progress":
-                return
+                break
+        if rule is not None and fault == "answered":
+            rule.struck = False  # an error is no answer
 
-    def _serve(self, host: socket.socket, enclave: socket.socket, rule: LinkRule | None) -> None:
+    def _serve(self, host: socket.socket, enclave: socket.socket) -> None:
         threading.Thread(target=_pump, args=(host, enclave), daemon=True).start()
-        pulls = 0
         while (pull := _frame(enclave)) is not None:
-            pulls += 1
-            if rule is not None and rule.fault == "broken" and pulls > rule.pulls:
+            again = self._links.strike("pull")
+            if again is not None and again.fault == "asked":
+                again.act()
+            elif again is not None and again.fault == "held":
+                time.sleep(again.seconds)
+            elif again is not None:
                 for end in (host, enclave):
                     end.shutdown(socket.SHUT_RDWR)
                 return

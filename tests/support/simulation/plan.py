@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -34,37 +35,15 @@ class Step:
 
 
 _METHODS: Final = (
-    "OpenSession",
-    "Attest",
-    "Upload",
-    "GetUpload",
-    "PutJoin",
-    "PutJoin",
-    "Start",
-    "GetRoster",
-    "PutCountersignature",
-    "PutCountersignature",
-    "GetBundle",
-    "GetChain",
-    "GetSession",
-    "Inbox",
+    *("OpenSession", "Attest", "Upload", "GetUpload", "PutJoin", "PutJoin", "Start", "GetRoster"),
+    *("PutCountersignature", "PutCountersignature", "GetBundle", "GetChain", "GetSession", "Inbox"),
 )
-_OPS: Final = (
-    "load",
-    "begin",
-    "attest",
-    "join",
-    "join",
-    "start",
-    "countersign",
-    "countersign",
-    "stored",
-    "status",
-)
+_OPS: Final = ("load", "begin", "attest", "join", "join", "start", "countersign", "countersign", "stored", "status")
 
 
-def _lost_request(dice: random.Random) -> tuple[Argument, ...]:
-    return dice.choice(_METHODS), dice.choice(("", *PARTIES))
+def _call(dice: random.Random) -> tuple[Argument, ...]:
+    method = dice.choice(_METHODS)
+    return method, PARTIES[0] if method in ("OpenSession", "Start") else dice.choice(PARTIES)
 
 
 def _short(dice: random.Random) -> float:
@@ -90,11 +69,11 @@ _KINDS: Final[dict[str, tuple[int, Callable[[random.Random], tuple[Argument, ...
     "kill-module": (1, lambda _dice: ()),
     "kill-machine": (3, _pause),
     "kill-member": (4, lambda dice: (dice.choice(NAMES),)),
-    "lost-request": (4, _lost_request),
-    "lost-response": (6, _lost_request),
-    "late-call": (3, lambda dice: (dice.choice(_METHODS), dice.choice(PARTIES), _short(dice))),
+    "lost-request": (4, _call),
+    "lost-response": (6, _call),
+    "late-call": (3, lambda dice: (*_call(dice), _short(dice))),
     "late-signature": (2, lambda dice: (dice.choice(PARTIES), CONSENT_MS / 1000 + _short(dice))),
-    "repeated-call": (4, lambda dice: (dice.choice(_METHODS), dice.choice(PARTIES), round(dice.uniform(0, 4), 1))),
+    "repeated-call": (4, lambda dice: (*_call(dice), round(dice.uniform(0, 4), 1))),
     "duplicate-upload": (3, lambda dice: (dice.choice(PARTIES), round(dice.uniform(0, 1), 1))),
     "broken-upload": (3, lambda _dice: ("bob",)),
     "cut": (2, lambda _dice: ()),
@@ -133,9 +112,24 @@ class Plan:
         for number in range(1, dice.randint(3, 7) + 1):
             (kind,) = dice.choices(kinds, weights)
             # Also before the first call: the enclave starts then, which takes a third of a session's time.
-            after = dice.choice((0, dice.randint(0, 10), dice.randint(0, 30)))
+            after = dice.choice((0, dice.randint(0, 6), dice.randint(0, 25)))
             steps.append(Step(after, round(dice.uniform(0, 0.3), 2), kind, _KINDS[kind][1](dice), number))
         return cls(seed, rounds, tuple(steps))
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote: it stays what it is when plans are drawn in another way."""
+        tree = json.loads(text)
+        steps = [
+            Step(after, pause_s, op, tuple(arguments), number)
+            for number, after, pause_s, op, arguments in tree["steps"]
+        ]
+        return cls(tree["seed"], tree["rounds"], tuple(steps))
+
+    def to_json(self) -> str:
+        """One line."""
+        steps = [[step.number, step.after, step.pause_s, step.op, list(step.arguments)] for step in self.steps]
+        return json.dumps({"seed": self.seed, "rounds": self.rounds, "steps": steps})
 
     def only(self, numbers: Collection[int]) -> Plan:
         """The same with some of the steps."""

@@ -107,11 +107,20 @@ class _Later:
 class Theatre:
     """One play."""
 
-    def __init__(self, stage: Stage, folder: Path, *, rounds: int = 1, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        folder: Path,
+        *,
+        rounds: int = 1,
+        patience_s: float = 4.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stage = stage
         self.folder = folder
         self.rounds = rounds
+        self.patience_s = patience_s
         self.say = say
         self.agreement = stage.agreement
         for name in NAMES:
@@ -180,6 +189,7 @@ class Theatre:
             by_hand=str(self.by_hand),
             rounds=self.rounds,
             opens=name == PARTIES[0],
+            patience_s=self.patience_s,
             **self._options[name],
         )
         self.actors[name] = self.stage.nursery.bear(task)
@@ -289,7 +299,9 @@ class Theatre:
 
     def _take(self, step: Step) -> bool:
         """Does what a step says; whether there was anything to do it to."""
-        return bool(getattr(self, "_" + step.op.replace("-", "_"))(*step.arguments))
+        name = step.op.replace("-", "_")
+        work = getattr(self, name, None) or getattr(self, "_" + name)
+        return bool(work(*step.arguments))
 
     def _start_node(self, node: Node) -> None:
         node.start()
@@ -299,30 +311,36 @@ class Theatre:
             if address in node.addresses:
                 self.calls.routes[name] = node.address
 
-    def _kill_coordinator(self, pause_s: float) -> bool:
+    def kill_coordinator(self, pause_s: float) -> bool:
+        """kill -9, and a new start after a pause."""
         self.node.kill()
         time.sleep(pause_s)
         self._start_node(self.node)
         return True
 
-    def _kill_enclave(self) -> bool:
+    def kill_enclave(self) -> bool:
+        """kill -9."""
         return _kill(self.node.enclave())
 
-    def _kill_worker(self) -> bool:
+    def kill_worker(self) -> bool:
+        """kill -9 of one of the enclave's."""
         workers = self.node.workers()
         return bool(workers) and _kill(workers[-1])
 
-    def _kill_module(self) -> bool:
+    def kill_module(self) -> bool:
+        """kill -9 of the security module: the enclave ends with it."""
         return _kill(self.node.nsm())
 
-    def _kill_machine(self, pause_s: float) -> bool:
+    def kill_machine(self, pause_s: float) -> bool:
+        """Power cut: coordinator and enclave; the coordinator starts again."""
         self.node.kill()
         self.node.end_enclaves()
         time.sleep(pause_s)
         self._start_node(self.node)
         return True
 
-    def _kill_member(self, name: str) -> bool:
+    def kill_member(self, name: str) -> bool:
+        """kill -9; its user starts it again."""
         if not self.alive(name):
             return False
         self._restart_member(name, **self._options[name])
@@ -371,7 +389,7 @@ class Theatre:
         return True
 
     def _enclave_pulls_break(self, pulls: int) -> bool:
-        self.links.arm(LinkRule("broken", "serve", pulls=pulls))
+        self.links.arm(LinkRule("broken", "pull", skip=pulls))
         return True
 
     def _changed_file(self, name: str) -> bool:
