@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -28,11 +28,18 @@ class BlobWriter(Protocol):
     def position(self) -> int:
         """Bytes written so far."""
 
+    @property
+    def state(self) -> str:
+        """What `writer` needs to go on after the bytes of the last `sync`; to be stored together with their number."""
+
     def write(self, data: bytes) -> None:
         """Appends; UnavailableError where the store is full or broken."""
 
-    def sync(self) -> int:
-        """Makes all that was written before the call durable; returns how many bytes that is."""
+    def sync(self, *, whole: bool = True) -> int:
+        """Makes what was written before the call durable, all of it where `whole`; returns how many bytes are.
+
+        With the blob's last byte it can be read. UnavailableError where the store is broken.
+        """
 
     def close(self) -> None:
         """Ends writing. What was not synced may be gone."""
@@ -58,17 +65,29 @@ class BlobReader(Protocol):
 class BlobStore(Protocol):
     """Where blobs are. Names are words and hex digits, such as `upload-2a`."""
 
-    def writer(self, name: str, stored: int) -> BlobWriter:
-        """Goes on after the first `stored` bytes, which were synced before; OSError where they are not there."""
+    def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:
+        """Goes on after the first `stored` of `size` bytes, which were synced before with this `state`.
+
+        OSError where they are not there; UnavailableError where the store does not answer.
+        """
 
     def reader(self, name: str) -> BlobReader:
-        """FileNotFoundError where there is no such blob."""
+        """FileNotFoundError where there is no such blob; UnavailableError where the store does not answer."""
 
     def put(self, name: str, pieces: Iterable[bytes]) -> int:
         """Writes a whole blob: after a crash it is there as a whole or not at all. Returns its size."""
 
-    def delete(self, name: str) -> None:
-        """Removes a blob, if there is one."""
+    def delete(self, name: str, state: str = "") -> None:
+        """Removes a blob and what was synced of it with this `state`, if there is anything."""
+
+    def sweep(self, before_ms: int, growing: Callable[[str], str | None]) -> int:
+        """Removes what was left of writing that ended before a time; returns how much it was.
+
+        `growing`: the `state` of a blob that is still written, None where a name is no such blob's.
+        """
+
+    def close(self) -> None:
+        """Frees the store."""
 
 
 def upload_name(number: int) -> str:
@@ -81,6 +100,12 @@ def bundle_name(session: bytes) -> str:
     return f"bundle-{session.hex()}"
 
 
+def check_name(name: str) -> None:
+    """ValueError for what is no name of a blob."""
+    if not _NAME.fullmatch(name):
+        raise ValueError("not a name of a blob")
+
+
 class Directory:
     """Blobs as files of one folder tree."""
 
@@ -88,7 +113,7 @@ class Directory:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def writer(self, name: str, stored: int) -> BlobWriter:
+    def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:  # noqa: ARG002
         path = self._path(name)
         path.parent.mkdir(exist_ok=True, mode=0o700)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -124,12 +149,25 @@ class Directory:
         _sync_folder(self._folder)
         return size
 
-    def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+    def delete(self, name: str, state: str = "") -> None:  # noqa: ARG002
+        path = self._path(name)
+        if path.exists():
+            path.unlink()
+            _sync_folder(path.parent)
+
+    def sweep(self, before_ms: int, growing: Callable[[str], str | None]) -> int:  # noqa: ARG002
+        swept = 0
+        for path in self._folder.glob("*/*.part"):
+            if path.stat().st_mtime_ns // 1_000_000 < before_ms:
+                path.unlink()
+                swept += 1
+        return swept
+
+    def close(self) -> None:
+        """Nothing to free."""
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise ValueError("not a name of a blob")
+        check_name(name)
         return self._folder / name[-2:].replace("-", "0") / name
 
 
@@ -152,9 +190,16 @@ class _FileWriter:
             self._position += written
             left = left[written:]
 
-    def sync(self) -> int:
+    @property
+    def state(self) -> str:
+        return ""
+
+    def sync(self, *, whole: bool = True) -> int:  # noqa: ARG002
         position = self._position
-        os.fdatasync(self._descriptor)
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise UnavailableError(f"the store of the coordinator takes no more: {error.strerror}") from error
         return position
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,9 @@ FILE: Final = "coordinator.toml"
 LEVELS: Final = ("debug", "info", "warning", "error")
 KINDS: Final = ("local", "qemu", "nitro")
 ACCELS: Final = ("auto", "kvm", "tcg")
+ADDRESSINGS: Final = ("auto", "path", "virtual")
+S3_SCHEME: Final = "s3://"
+_BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
@@ -62,6 +65,33 @@ class Nitro:
 
 
 @dataclass(frozen=True, slots=True)
+class S3:
+    """A bucket for the blobs. `prefix` begins the names of all objects; `kms_key` encrypts them under that key of AWS KMS;
+    `endpoint_url` names another service that speaks S3. Empty texts leave a choice to boto3."""
+
+    bucket: str
+    prefix: str = ""
+    region: str = ""
+    profile: str = ""
+    endpoint_url: str = ""
+    addressing: str = "auto"
+    kms_key: str = field(default="", repr=False)
+    part_bytes: int = 8 << 20
+    cache_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Seconds for which what is no longer needed is kept: tables after the last release and bundles after theirs (0: for
+    ever), and what was left of writing; and how often that is looked at."""
+
+    uploads_s: float = 30 * 86400.0
+    bundles_s: float = 0.0
+    parts_s: float = 7 * 86400.0
+    every_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
 class Quotas:
     """What one member key may take: bytes of uploads, uploads of one table, agreements put, watch streams at a time."""
 
@@ -82,6 +112,17 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
+class Cluster:
+    """Several coordinators over one store. A session's lease lasts `lease_s` and is prolonged three times in it; a session
+    whose enclave no coordinator reaches is given up `abandon_s` after its lease. `address` is where this coordinator takes
+    calls that others pass on: empty, its own."""
+
+    lease_s: float = 10.0
+    abandon_s: float = 600.0
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All that a coordinator needs to start. Times in seconds, sizes in bytes."""
 
@@ -90,18 +131,27 @@ class Config:
     key: Path = field(repr=False)
     database: str
     blobs: Path
+    s3: S3 | None
     local: Local
     qemu: Local
     nitro: Nitro
     launcher: str = "local"
     listen: str = "127.0.0.1:7443"
     enclaves: int = limits.ENCLAVES
+    node: str = ""
+    cluster: Cluster = Cluster()
+    keep: Keep = Keep()
     quotas: Quotas = Quotas()
     deadlines: Deadlines = Deadlines()
     grace_s: float = 10.0
     rpcs: int = 4096
     reflection: bool = True
     log_level: str = "info"
+
+    @property
+    def launcher_folder(self) -> Path:
+        """The folder of the launcher's enclaves."""
+        return {"local": self.local.folder, "qemu": self.qemu.folder, "nitro": self.nitro.folder}[self.launcher]
 
     @property
     def address_file(self) -> Path:
@@ -130,7 +180,9 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
     tls, store, launcher = top.section("tls"), top.section("store"), top.section("launcher")
     local, qemu, nitro = launcher.section("local"), launcher.section("qemu"), launcher.section("nitro")
     quota, deadlines, log = top.section("quota"), top.section("deadline"), top.section("log")
-    standard = Quotas(), Deadlines()
+    bucket, keep, cluster = store.section("s3"), store.section("keep"), top.section("cluster")
+    place = store.text("blobs", "blobs")
+    standard = Quotas(), Deadlines(), Keep(), Cluster()
     config = Config(
         folder=folder,
         listen=top.text("listen", "127.0.0.1:7443"),
@@ -140,12 +192,25 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         certificate=folder / tls.text("certificate", "tls.crt"),
         key=folder / tls.text("key", "tls.key"),
         database=_database(store.text("database", "coordinator.db"), folder),
-        blobs=folder / store.text("blobs", "blobs"),
+        blobs=folder / place,
+        s3=_s3(place, bucket),
+        keep=Keep(
+            keep.seconds("uploads_s", standard[2].uploads_s, least=0),
+            keep.seconds("bundles_s", standard[2].bundles_s, least=0),
+            keep.seconds("parts_s", standard[2].parts_s),
+            keep.seconds("every_s", standard[2].every_s),
+        ),
         enclaves=launcher.integer("enclaves", limits.ENCLAVES, 1),
         launcher=launcher.choice("kind", "local", KINDS),
         local=_local(local, folder),
         qemu=_qemu(qemu, folder),
         nitro=_nitro(nitro, folder),
+        node=cluster.text("node", "", empty=True),
+        cluster=Cluster(
+            cluster.seconds("lease_s", standard[3].lease_s),
+            cluster.seconds("abandon_s", standard[3].abandon_s),
+            cluster.text("address", "", empty=True),
+        ),
         quotas=Quotas(
             quota.integer("bytes_per_member", standard[0].bytes_per_member, 1),
             quota.integer("uploads_per_table", standard[0].uploads_per_table, 1),
@@ -160,7 +225,7 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         ),
         log_level=log.choice("level", "info", LEVELS),
     )
-    for section in (top, tls, store, launcher, local, qemu, nitro, quota, deadlines, log):
+    for section in (top, tls, store, bucket, keep, cluster, launcher, local, qemu, nitro, quota, deadlines, log):
         section.finish()
     return config
 
@@ -206,6 +271,28 @@ def _nitro(section: _Section, folder: Path) -> Nitro:
     )
 
 
+def _s3(place: str, section: _Section) -> S3 | None:
+    standard = S3("")
+    found = S3(
+        bucket="",
+        region=section.text("region", standard.region, empty=True),
+        profile=section.text("profile", standard.profile, empty=True),
+        endpoint_url=section.text("endpoint_url", standard.endpoint_url, empty=True),
+        addressing=section.choice("addressing", standard.addressing, ADDRESSINGS),
+        kms_key=section.text("kms_key", standard.kms_key, empty=True),
+        part_bytes=section.integer("part_mib", standard.part_bytes >> 20, 5) << 20,
+        cache_bytes=section.integer("cache_mib", standard.cache_bytes >> 20, 16) << 20,
+    )
+    if not place.startswith(S3_SCHEME):
+        if "://" in place:
+            raise ConfigError("store.blobs: neither a folder nor s3://BUCKET/PREFIX")
+        return None
+    bucket, _, prefix = place.removeprefix(S3_SCHEME).partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise ConfigError(f"store.blobs: {bucket!r} is no name of a bucket")
+    return replace(found, bucket=bucket, prefix=prefix and prefix.rstrip("/") + "/")
+
+
 def _database(text: str, folder: Path) -> str:
     return text if "://" in text else f"sqlite:///{folder / text}"
 
@@ -222,9 +309,9 @@ class _Section:
     def section(self, name: str) -> _Section:
         return _Section(self._left.pop(name, {}), self._field(name))
 
-    def text(self, name: str, default: str) -> str:
+    def text(self, name: str, default: str, *, empty: bool = False) -> str:
         value = self._left.pop(name, default)
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not (value or empty):
             raise ConfigError(f"{self._field(name)}: not a text")
         return value
 
@@ -252,10 +339,10 @@ class _Section:
             raise ConfigError(f"{self._field(name)}: not a whole number from {least}")
         return value
 
-    def seconds(self, name: str, default: float) -> float:
+    def seconds(self, name: str, default: float, least: float | None = None) -> float:
         value = self._left.pop(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise ConfigError(f"{self._field(name)}: not a number of seconds above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < 1e9 or value == least):
+            raise ConfigError(f"{self._field(name)}: not a number of seconds {'above' if least is None else 'from'} 0")
         return float(value)
 
     def boolean(self, name: str, *, default: bool) -> bool:
@@ -285,8 +372,29 @@ certificate = "tls.crt"         # PEM; members pin the SHA-384 of its public key
 key = "tls.key"
 
 [store]
-database = "coordinator.db"     # SQLite file, or an SQLAlchemy URL
-blobs = "blobs"                 # folder of the ciphertext
+database = "coordinator.db"     # SQLite file, or postgresql://USER@HOST/DATABASE
+blobs = "blobs"                 # folder of the ciphertext, or s3://BUCKET/PREFIX
+
+[store.s3]                      # for blobs in a bucket
+# region = ""                   # left out: what boto3 finds
+# profile = ""
+# endpoint_url = ""             # another service that speaks S3
+# addressing = "auto"           # auto | path | virtual
+# kms_key = ""                  # encrypts the objects under this key of AWS KMS
+# part_mib = 8                  # memory of an upload that is written
+# cache_mib = 256               # memory of what the enclaves read
+
+[store.keep]                    # how long what is no longer needed is kept
+# uploads_s = 2592000.0         # tables after the last release of their agreement, or its end; 0: for ever
+# bundles_s = 0.0               # bundles after their release; 0: for ever
+# parts_s = 604800.0            # what interrupted writing left
+# every_s = 3600.0              # how often that is looked at
+
+[cluster]                       # several coordinators over one PostgreSQL and one bucket, with one TLS key
+# node = ""                     # the machine whose enclaves are reached; left out: a name kept in the launcher's folder
+# address = ""                  # where others pass calls on to; left out: `listen`, or this machine's name
+# lease_s = 10.0                # how long a session waits for another coordinator, when its own has died
+# abandon_s = 600.0             # after that, for one on its own machine
 
 [launcher]
 kind = "local"                  # local: a process with a simulated NSM, which protects nothing | qemu: an image in an emulator | nitro

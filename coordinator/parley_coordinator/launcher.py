@@ -10,7 +10,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +20,7 @@ from parley_coordinator import log, relay
 from parley_coordinator.clock import now_ms
 from parley_coordinator.config import ConfigError, Local
 from parley_coordinator.images import Images, Wanted
+from parley_coordinator.node import exclusive
 from parley_protocol.errors import UnavailableError
 
 SOCKET_PATH_BYTES: Final = 107
@@ -87,7 +89,7 @@ class LocalLauncher:
     def launch(self, wanted: Wanted) -> EnclaveHandle:
         if self._config.image is not None:
             self._images.check(self._config.image, f"{self._config.section}.image", wanted)
-        with self._lock:
+        with self._alone():
             if len(self._alive()) >= self._most:
                 raise no_capacity(self._most)
             folder = self._config.folder / secrets.token_hex(4)
@@ -102,15 +104,21 @@ class LocalLauncher:
             return handle
 
     def find(self) -> list[EnclaveHandle]:
-        with self._lock:
+        with self._alone():
             return self._alive()
 
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)
 
     def stop(self, handle: EnclaveHandle) -> None:
-        with self._lock:
+        with self._alone():
             self._stop(handle)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In this process and, where several coordinators share the folder, among them."""
+        with self._lock, exclusive(self._config.folder, 2 * self._config.start_s):
+            yield
 
     def close(self) -> None:
         """Nothing: a launch has its time from the configuration, and is not given up halfway."""
@@ -139,7 +147,7 @@ class LocalLauncher:
 
     def _alive(self) -> list[EnclaveHandle]:
         found = []
-        for folder in sorted(self._config.folder.iterdir()):
+        for folder in sorted(path for path in self._config.folder.iterdir() if path.is_dir()):
             try:
                 agreement = bytes.fromhex(json.loads((folder / "handle.json").read_text(encoding="utf-8"))["agreement"])
             except (OSError, ValueError, KeyError, TypeError):

@@ -25,6 +25,7 @@ from parley_coordinator.blobs import BlobReader, BlobStore, bundle_name, upload_
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Deadlines
 from parley_coordinator.launcher import EnclaveHandle, Launcher
+from parley_coordinator.leases import Lease, Leases
 from parley_coordinator.models import (
     LIVE,
     AgreementRow,
@@ -75,6 +76,7 @@ class World:
     launcher: Launcher
     deadlines: Deadlines
     clock: Clock
+    leases: Leases
 
 
 class Live:
@@ -83,14 +85,15 @@ class Live:
     def __init__(
         self,
         world: World,
-        number: int,
+        lease: Lease,
         agreement: Agreement,
         handle: EnclaveHandle,
         serves: int,
         ended: Callable[[int], None],
     ) -> None:
         self._world = world
-        self._number = number
+        self._lease = lease
+        self._number = number = lease.number
         self._agreement = agreement
         self._handle = handle
         self._ended = ended
@@ -140,7 +143,7 @@ class Live:
             raise RefusedError("not-a-member", "the join is another party's")
         self._settle("open")
         with self._changing():
-            with self._world.store.write() as session:
+            with self._write() as session:
                 row = session.get(JoinRow, (self._number, join.digest))
                 if row is not None and (row.receipt or row.code):
                     return row.receipt or b"", row.code
@@ -163,7 +166,7 @@ class Live:
         if start.member != name:
             raise RefusedError("not-a-member", "the request is another member's")
         with self._changing():
-            with self._world.store.write() as session:
+            with self._write() as session:
                 row = self._require(session, *LIVE)
                 if row.phase != "open":
                     return
@@ -177,7 +180,7 @@ class Live:
         """Stores and relays a party's consent; the last one starts the computation, which goes on by itself (crd-14)."""
         self._settle("rostered", "computing")
         with self._changing():
-            with self._world.store.write() as session:
+            with self._write() as session:
                 row = self._require(session, "rostered", "computing")
                 roster_row, roster = self._roster(session, row)
                 statement = verify_countersignature(cose, roster, self._agreement)
@@ -201,7 +204,7 @@ class Live:
     def refuse(self, name: str, cose: bytes) -> None:
         """Stores and relays a party's refusal of the roster: the session is open again, without joins (crd-15)."""
         with self._changing():
-            with self._world.store.write() as session:
+            with self._write() as session:
                 row = self._require(session, "rostered", "computing", "open")
                 if row.phase == "open":
                     self._refused_before(session, cose)
@@ -247,6 +250,12 @@ class Live:
                 self._reconcile(state)
 
     @contextmanager
+    def _write(self) -> Iterator[Session]:
+        """A transaction that changes this session: FencedError where another coordinator has taken it over."""
+        with self._world.leases.fenced(self._lease) as session:
+            yield session
+
+    @contextmanager
     def _changing(self) -> Iterator[None]:
         with self._lock:
             self._epoch += 1
@@ -285,7 +294,7 @@ class Live:
 
     def _rostered(self, cose: bytes) -> None:
         roster = Roster.from_bytes(payload_unverified(cose))
-        with self._world.store.write() as session:
+        with self._write() as session:
             row = self._row(session)
             if row.roster == roster.digest or row.phase not in LIVE:
                 return
@@ -302,7 +311,7 @@ class Live:
         log.info("rostered", session=log.short(self._session))
 
     def _roster_ended(self, why: str, member: str) -> None:
-        with self._world.store.write() as session:
+        with self._write() as session:
             row = self._row(session)
             if row.phase not in ("rostered", "computing") or row.roster is None:
                 return
@@ -314,7 +323,7 @@ class Live:
         log.info("roster-ended", session=log.short(self._session), why=why)
 
     def _computing(self) -> None:
-        with self._lock, self._world.store.write() as session:
+        with self._lock, self._write() as session:
             row = self._row(session)
             if row.phase != "rostered":
                 return
@@ -326,7 +335,7 @@ class Live:
             rows = self._joins(session, admitted=True)
         gone = [row.digest for row in rows if row.party not in joined and row.digest not in self._joining]
         if gone:
-            with self._world.store.write() as session:
+            with self._write() as session:
                 session.execute(delete(JoinRow).where(JoinRow.number == self._number, JoinRow.digest.in_(gone)))
 
     def _relay_joins(self) -> None:
@@ -392,7 +401,7 @@ class Live:
     def _judged(self, join: Join, cose: bytes, receipt: bytes, code: str) -> tuple[bytes, str]:
         with self._changing():
             self._joining.pop(join.digest, None)
-            with self._world.store.write() as session:
+            with self._write() as session:
                 if self._row(session).phase in LIVE:
                     row = session.get(JoinRow, (self._number, join.digest)) or self._add_join(session, join, cose)
                     row.receipt, row.code = receipt or None, code
@@ -422,7 +431,7 @@ class Live:
         return row
 
     def _forget_join(self, join: Join) -> None:
-        with self._world.store.write() as session:
+        with self._write() as session:
             row = session.get(JoinRow, (self._number, join.digest))
             if row is not None and row.receipt is None:
                 session.delete(row)
@@ -512,7 +521,7 @@ class Live:
         )
 
     def _drop_consent(self, party: str, code: str) -> None:
-        with self._world.store.write() as session:
+        with self._write() as session:
             row = self._row(session)
             if row.phase == "rostered" and row.roster is not None:
                 session.execute(
@@ -578,7 +587,7 @@ class Live:
                 return
             bundle = self._bundle(released)
             size = self._world.blobs.put(bundle_name(self._session), _pieces(bundle))
-            with self._world.store.write() as session:
+            with self._write() as session:
                 row = self._row(session)
                 now = self._world.clock()
                 row.phase, row.ended_ms = "released", now
@@ -599,7 +608,7 @@ class Live:
                 self._happened(session, "released", percent=100)
             self.percent = 100
             log.info("released", session=log.short(self._session), size=log.coarse(size))
-            tell_stored(self._world, self._number, self._handle)
+            tell_stored(self._world, self._lease, self._handle)
             self._finish()
 
     def _bundle(self, released: enclave_pb2.Released) -> bytes:
@@ -625,7 +634,7 @@ class Live:
     def lose(self, code: str) -> None:
         """The session is over without a release: its members join another one, with the uploads that are here (crd-17)."""
         with self._lock:
-            lose(self._world, self._number, code)
+            lose(self._world, self._lease, code)
             self._world.launcher.stop(self._handle)
             self._finish()
 
@@ -640,6 +649,9 @@ class Live:
         while not self._over.wait(self._world.deadlines.status_s):
             try:
                 self.tick()
+            except UnavailableError as error:
+                # The database is away, or another coordinator has the session: then this one is let go of soon.
+                log.warning("monitor-waits", session=log.short(self._session), error=type(error).__name__)
             except Exception:  # noqa: BLE001  # the monitor must go on: nobody else would notice a lost enclave
                 log.fault("monitor-failed", session=log.short(self._session))
 
@@ -726,10 +738,13 @@ class Live:
         if row is None or row.agreement != self._agreement.digest or row.complete_ms is None:
             return None
         try:
-            return self._world.blobs.reader(upload_name(number))
+            reader = self._world.blobs.reader(upload_name(number))
         except FileNotFoundError:
             log.warning("blob-missing", blob=upload_name(number))
             return None
+        if reader.size != row.size:
+            log.warning("blob-damaged", blob=upload_name(number), error="size")
+        return reader
 
     def _happened(self, session: Session, kind: str, *, member: str = "", code: str = "", percent: int = 0) -> None:
         db.happened(
@@ -744,7 +759,7 @@ class Live:
         )
 
     def _progress(self, member: str, percent: int) -> None:
-        with self._world.store.write() as session:
+        with self._write() as session:
             self._happened(session, "progress", member=member, percent=percent)
 
 
@@ -769,12 +784,14 @@ def require(row: SessionRow, *phases: str) -> None:
         raise RefusedError("phase", f"not possible while the session is {row.phase}")
 
 
-def lose(world: World, number: int, code: str) -> None:
-    """Marks a live session as lost; its joins are void, its members' uploads stay."""
+def lose(world: World, lease: Lease, code: str) -> None:
+    """Marks a live session as lost; its joins are void, its members' uploads stay. FencedError where it is another's now."""
+    number = lease.number
     with world.store.write() as session:
         row = session.get_one(SessionRow, number)
         if row.phase not in LIVE:
             return
+        world.leases.check(session, lease)
         row.phase, row.code, row.ended_ms = "lost", code, world.clock()
         session.execute(delete(JoinRow).where(JoinRow.number == number))
         if row.session is not None:
@@ -782,13 +799,13 @@ def lose(world: World, number: int, code: str) -> None:
     log.warning("lost", number=number, code=code)
 
 
-def tell_stored(world: World, number: int, handle: EnclaveHandle | None) -> None:
+def tell_stored(world: World, lease: Lease, handle: EnclaveHandle | None) -> None:
     """Tells an enclave, where it is still there, that its release is stored, and ends it: with it goes what is left of the
     session's keys."""
     if handle is not None:
         with world.store.read() as session:
-            row = session.get_one(SessionRow, number)
-            record = session.scalar(select(RecordRow).where(RecordRow.number == number))
+            row = session.get_one(SessionRow, lease.number)
+            record = session.scalar(select(RecordRow).where(RecordRow.number == lease.number))
         assert record is not None and row.session is not None
         stored = enclave_pb2.Stored(session=row.session, record=sha384(payload_unverified(record.cose)))
         try:
@@ -797,12 +814,13 @@ def tell_stored(world: World, number: int, handle: EnclaveHandle | None) -> None
             # It is ended anyway; what it would have forgotten goes with its memory.
             log.warning("stored-not-told", session=log.short(row.session), code=error.code)
         world.launcher.stop(handle)
-    with world.store.write() as session:
-        session.get_one(SessionRow, number).stored_told = True
+    with world.leases.fenced(lease) as session:
+        session.get_one(SessionRow, lease.number).stored_told = True
 
 
-def begin(world: World, number: int, agreement: AgreementRow, handle: EnclaveHandle, nonce: bytes) -> int:
+def begin(world: World, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle, nonce: bytes) -> int:
     """Loads the agreement into an enclave, begins the session and keeps its offer with a document; the serves it wants."""
+    number = lease.number
     with world.store.read() as session:
         row = session.get_one(SessionRow, number)
         chain = [
@@ -817,7 +835,7 @@ def begin(world: World, number: int, agreement: AgreementRow, handle: EnclaveHan
     offer = Offer.from_bytes(offer_bytes)
     attest = enclave_pb2.Ask(attest=enclave_pb2.Attest(session=offer.session, nonce=nonce))
     document = channel.ask(attest, deadline).attested.document
-    with world.store.write() as session:
+    with world.leases.fenced(lease) as session:
         row = session.get_one(SessionRow, number)
         require(row, "launching")
         row.session, row.offer, row.document, row.enclave = offer.session, offer_bytes, document, handle.id

@@ -34,6 +34,7 @@ from parley_coordinator.nitro_cli import (
     NitroCli,
     NitroError,
 )
+from parley_coordinator.node import exclusive
 from parley_protocol.errors import RefusedError, UnavailableError
 
 Address = Callable[[int, int], str]
@@ -81,7 +82,7 @@ class NitroLauncher:
         self._entries = _Entries(config.folder)
         # Held while entries and what nitro-cli lists are compared; never while an enclave boots.
         self._lock = threading.RLock()
-        # Held while an enclave boots: the port of the heartbeat is one for all.
+        # Held while an enclave boots, as is the folder's lock: the port of the heartbeat is one for all.
         self._boot = threading.Lock()
         self._booting = ""
 
@@ -92,7 +93,7 @@ class NitroLauncher:
                 "attestation", "this coordinator starts its enclaves in debug mode, which proves nothing to members"
             )
         self._images.check(self._config.image, "launcher.nitro.image", wanted)
-        with self._boot:
+        with self._boot, exclusive(self._config.folder, self._config.attempts * self._config.start_s):
             if len(self._taken()) >= self._most:
                 raise no_capacity(self._most)
             for left in reversed(range(self._config.attempts)):

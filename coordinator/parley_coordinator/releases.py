@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import select
 
+from parley_coordinator import log
 from parley_coordinator import store as db
 from parley_coordinator.blobs import BlobReader, BlobStore, bundle_name
 from parley_coordinator.clock import Clock
@@ -38,7 +39,12 @@ class Releases:
         with self._store.read() as session:
             row, name = db.session_for(session, identifier, key)
             size = db.bundle_of(session, row).size
-        return OpenBundle(row.number, name, size, self._blobs.reader(bundle_name(identifier)))
+        try:
+            reader = self._blobs.reader(bundle_name(identifier))
+        except FileNotFoundError as error:
+            log.warning("blob-missing", blob=bundle_name(identifier))
+            raise RefusedError("internal", "the coordinator's store has lost the bundle") from error
+        return OpenBundle(row.number, name, size, reader)
 
     def fetched(self, bundle: OpenBundle) -> None:
         """Notes that a member has got all of a bundle."""

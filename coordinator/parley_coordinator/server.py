@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -15,15 +16,19 @@ from grpc_reflection.v1alpha import reflection
 
 from parley_coordinator import log, tls
 from parley_coordinator.agreements import Agreements
-from parley_coordinator.blobs import Directory
+from parley_coordinator.blobs import BlobStore, Directory
 from parley_coordinator.callers import Callers
 from parley_coordinator.clock import now_ms
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.events import Bell, Events
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.keeper import Keeper
 from parley_coordinator.launcher import Launcher, LocalLauncher
+from parley_coordinator.leases import Leases
 from parley_coordinator.live import World
 from parley_coordinator.nitro import NitroLauncher
+from parley_coordinator.node import Identity
+from parley_coordinator.peers import Peers
 from parley_coordinator.releases import Releases
 from parley_coordinator.service import Parts, Service
 from parley_coordinator.sessions import Sessions
@@ -34,11 +39,14 @@ from parley_protocol.v1 import coordinator_pb2
 from parley_protocol.v1.coordinator_pb2_grpc import add_CoordinatorServicer_to_server
 
 QUICK: Final = 8
-"""Threads for what takes milliseconds: store and disk."""
+"""Threads for what takes milliseconds: the store."""
+DISK: Final = 16
+"""Threads that write and read blobs, which may be far away."""
 LONG: Final = 24
 """Threads that wait for an enclave which answers soon, or starts."""
 JOINS: Final = 64
 """Joins that are judged at a time, over all enclaves; more wait. With LONG fewer than one enclave takes connections."""
+WILDCARDS: Final = ("", "0.0.0.0", "::", "*")  # noqa: S104  # compared, not bound
 SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
 
@@ -49,17 +57,34 @@ def launcher_of(config: Config) -> Launcher:
     return LocalLauncher(config.qemu if config.launcher == "qemu" else config.local, config.enclaves)
 
 
+def blobs_of(config: Config) -> BlobStore:
+    """The blob store that a configuration names."""
+    if config.s3 is None:
+        return Directory(config.blobs)
+    from parley_coordinator.s3 import Bucket
+
+    return Bucket(config.s3)
+
+
 async def serve(config: Config, launcher: Launcher | None = None) -> None:
     """Runs until SIGTERM or SIGINT, with this launcher or the one that the configuration names.
 
     ConfigError where it cannot start; UnavailableError where its enclaves cannot be found again, whose sessions would
     otherwise be given up.
     """
+    with Identity.claim(config) as identity:
+        await _serve(config, launcher, identity)
+
+
+async def _serve(config: Config, launcher: Launcher | None, identity: Identity) -> None:
     certificate, key = _read(config.certificate, "tls.certificate"), _read(config.key, "tls.key")
     callers = Callers(tls.server_digest(certificate))
+    peers = Peers(certificate)
     store = Store(config.database)
-    blobs = Directory(config.blobs)
-    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms)
+    cluster = config.cluster
+    leases = Leases(store, identity, lease_s=cluster.lease_s, abandon_s=cluster.abandon_s)
+    blobs = blobs_of(config)
+    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, leases)
     sessions = Sessions(world)
     loop = asyncio.get_running_loop()
     bell = Bell(loop)
@@ -73,14 +98,15 @@ async def serve(config: Config, launcher: Launcher | None = None) -> None:
         releases=Releases(store, blobs, now_ms),
         inbox=Inbox(store, now_ms),
         events=Events(store),
+        peers=peers,
         quotas=config.quotas,
         clock=now_ms,
     )
     quick = ThreadPoolExecutor(QUICK, thread_name_prefix="quick")
     long = ThreadPoolExecutor(LONG, thread_name_prefix="long")
     joins = ThreadPoolExecutor(JOINS, thread_name_prefix="join")
-    service = Service(parts, bell, quick, long, joins)
-    await loop.run_in_executor(long, sessions.recover)
+    disk = ThreadPoolExecutor(DISK, thread_name_prefix="disk")
+    service = Service(parts, bell, quick=quick, disk=disk, long=long, joins=joins)
     server = _server(config)
     add_CoordinatorServicer_to_server(service, server)
     healths = health.aio.HealthServicer()
@@ -92,10 +118,14 @@ async def serve(config: Config, launcher: Launcher | None = None) -> None:
         port = server.add_secure_port(config.listen, credentials)
     except RuntimeError as error:
         raise ConfigError(f"listen: cannot listen at {config.listen}") from error
+    leases.address = cluster.address or _reachable(config.listen, port)
+    await loop.run_in_executor(long, sessions.recover)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     await server.start()
+    keeper = Keeper(store, blobs, config.keep, now_ms)
+    keeper.start()
     for name in ("", SERVICE):
         await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
     address = f"{config.listen.rpartition(':')[0]}:{port}"
@@ -108,8 +138,11 @@ async def serve(config: Config, launcher: Launcher | None = None) -> None:
     world.launcher.close()
     await server.stop(config.grace_s)
     await loop.run_in_executor(quick, sessions.close)
-    for pool in (joins, long, quick):
+    await loop.run_in_executor(quick, keeper.close)
+    await peers.close()
+    for pool in (joins, long, disk, quick):
         pool.shutdown()
+    blobs.close()
     store.close()
     config.address_file.unlink(missing_ok=True)
     log.info("stopped")
@@ -128,6 +161,12 @@ def _server(config: Config) -> grpc.aio.Server:
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ),
     )
+
+
+def _reachable(listen: str, port: int) -> str:
+    """Where another machine reaches this server, as far as this one can know."""
+    host = listen.rpartition(":")[0]
+    return f"{socket.gethostname() if host.strip('[]') in WILDCARDS else host}:{port}"
 
 
 def _read(path: Path, field: str) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -18,16 +19,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from parley_coordinator import log, status
 from parley_coordinator import store as db
 from parley_coordinator.agreements import Agreements, AgreementView
-from parley_coordinator.callers import Callers
+from parley_coordinator.callers import METADATA_KEY, Callers
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Quotas
 from parley_coordinator.events import Bell, Events
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.leases import ElsewhereError
 from parley_coordinator.models import EventRow
+from parley_coordinator.peers import PASSED_ON, PeerError, Peers
 from parley_coordinator.releases import Releases
 from parley_coordinator.sessions import Sessions, SessionView
 from parley_coordinator.store import Store
@@ -62,18 +66,22 @@ class Parts:
     releases: Releases
     inbox: Inbox
     events: Events
+    peers: Peers
     quotas: Quotas
     clock: Clock
 
 
 class Service(CoordinatorServicer):
-    """The methods of coordinator.proto. Pools of threads: `quick` for store and disk, `long` for what an enclave answers at
-    once, `joins` for what it takes its time for."""
+    """The methods of coordinator.proto. Pools of threads: `quick` for the store, `disk` for blobs, `long` for what an
+    enclave answers at once, `joins` for what it takes its time for."""
 
-    def __init__(self, parts: Parts, bell: Bell, quick: Executor, long: Executor, joins: Executor) -> None:
+    def __init__(
+        self, parts: Parts, bell: Bell, *, quick: Executor, disk: Executor, long: Executor, joins: Executor
+    ) -> None:
         self._parts = parts
         self._bell = bell
         self._quick = quick
+        self._disk = disk
         self._long = long
         self._joins = joins
         self._watches: Counter[bytes] = Counter()
@@ -180,7 +188,7 @@ class Service(CoordinatorServicer):
             finally:
                 # Also when the client is gone: what has arrived is stored, and need not be sent again.
                 state = await asyncio.shield(
-                    asyncio.ensure_future(self._in(self._quick, self._finish, manager, writing))
+                    asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
                 )
             log.info(
                 "rpc",
@@ -207,11 +215,11 @@ class Service(CoordinatorServicer):
             while (request := await self._next(waiting, reading, writing)) is not None:
                 if request.WhichOneof("part") != "chunk":
                     raise MalformedError("UploadRequest: not a chunk after the first message")
-                await self._in(self._quick, writing.write, request.chunk.offset, request.chunk.data)
+                await self._in(self._disk, writing.write, request.chunk.offset, request.chunk.data)
                 if writing.unsynced >= limits.SYNC_BYTES and (syncing is None or syncing.done()):
                     if syncing is not None:
                         syncing.result()
-                    syncing = asyncio.ensure_future(self._in(self._quick, writing.sync))
+                    syncing = asyncio.ensure_future(self._in(self._disk, functools.partial(writing.sync, whole=False)))
                 elif writing.unsynced >= 2 * limits.SYNC_BYTES and syncing is not None:
                     # One part goes to the disk while the next one arrives; a third has to wait.
                     await syncing
@@ -259,6 +267,7 @@ class Service(CoordinatorServicer):
             "OpenSession",
             self._long,
             lambda key: _session(self._parts.sessions.open(key, request.request_id, request.agreement)),
+            passed_on=(request, pb.SessionState),
         )
 
     async def GetSession(self, request: pb.SessionRef, context: _Context) -> pb.SessionState:
@@ -271,14 +280,14 @@ class Service(CoordinatorServicer):
             offer, document = self._parts.sessions.attest(key, request.session, request.nonce)
             return pb.AttestReply(offer=offer, document=document)
 
-        return await self._call(context, "Attest", self._long, attest)
+        return await self._call(context, "Attest", self._long, attest, passed_on=(request, pb.AttestReply))
 
     async def PutJoin(self, request: pb.PutJoinRequest, context: _Context) -> pb.JoinReply:
         def join(key: bytes) -> pb.JoinReply:
             receipt, code = self._parts.sessions.join(key, request.session, request.cose)
             return pb.JoinReply(receipt=receipt, code=code)
 
-        return await self._call(context, "PutJoin", self._joins, join)
+        return await self._call(context, "PutJoin", self._joins, join, passed_on=(request, pb.JoinReply))
 
     async def Start(self, request: pb.StartRequest, context: _Context) -> pb.RosterReply:
         return await self._call(
@@ -286,6 +295,7 @@ class Service(CoordinatorServicer):
             "Start",
             self._long,
             lambda key: _roster(self._parts.sessions.start(key, request.session, request.cose)),
+            passed_on=(request, pb.RosterReply),
         )
 
     async def GetRoster(self, request: pb.SessionRef, context: _Context) -> pb.RosterReply:
@@ -299,6 +309,7 @@ class Service(CoordinatorServicer):
             "PutCountersignature",
             self._long,
             lambda key: _session(self._parts.sessions.countersign(key, request.session, request.cose, request)),
+            passed_on=(request, pb.SessionState),
         )
 
     async def Refuse(self, request: pb.RefuseRequest, context: _Context) -> pb.SessionState:
@@ -307,19 +318,20 @@ class Service(CoordinatorServicer):
             "Refuse",
             self._long,
             lambda key: _session(self._parts.sessions.refuse(key, request.session, request.cose)),
+            passed_on=(request, pb.SessionState),
         )
 
     # Releases
 
     async def GetBundle(self, request: pb.GetBundleRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
         key = await self._caller(context)
-        bundle = await self._run(context, self._quick, self._parts.releases.bundle, key, request.session)
+        bundle = await self._run(context, self._disk, self._parts.releases.bundle, key, request.session)
         try:
             if request.offset > bundle.size:
                 await _abort(context, RefusedError("too-large", f"the bundle has {bundle.size} bytes and no more"))
             offset = request.offset
             while offset < bundle.size:
-                data = await self._run(context, self._quick, bundle.reader.read, offset, limits.CHUNK_BYTES)
+                data = await self._run(context, self._disk, bundle.reader.read, offset, limits.CHUNK_BYTES)
                 if not data:
                     await _abort(
                         context, RefusedError("internal", "the coordinator's store has lost bytes of the bundle")
@@ -339,11 +351,28 @@ class Service(CoordinatorServicer):
 
     # How a call runs
 
-    async def _call(self, context: _Context, method: str, pool: Executor, work: Callable[[bytes], _T]) -> _T:
+    async def _call(
+        self,
+        context: _Context,
+        method: str,
+        pool: Executor,
+        work: Callable[[bytes], _T],
+        passed_on: tuple[Message, type[_T]] | None = None,
+    ) -> _T:
+        """`passed_on`: request and kind of answer of a call that only the coordinator can answer that serves the session."""
         started = time.monotonic()
         key = await self._caller(context)
         try:
-            result = await self._in(pool, work, key)
+            try:
+                result = await self._in(pool, work, key)
+            except ElsewhereError as elsewhere:
+                if passed_on is None:
+                    raise
+                result = await self._pass_on(context, method, elsewhere, *passed_on)
+        except PeerError as error:
+            log.info("rpc", method=method, caller=log.who(key), code=error.code.name.lower(), ms=_ms(started))
+            await context.abort(error.code, error.message, ((status.DETAILS_KEY, error.details),))
+            raise AssertionError("abort raises") from error
         except ParleyError as error:
             log.info("rpc", method=method, caller=log.who(key), code=error.code, ms=_ms(started))
             await _abort(context, error)
@@ -352,6 +381,22 @@ class Service(CoordinatorServicer):
             await _abort(context, RefusedError("internal"))
         log.info("rpc", method=method, caller=log.who(key), ms=_ms(started))
         return result
+
+    async def _pass_on(
+        self, context: _Context, method: str, elsewhere: ElsewhereError, request: Message, reply: type[_T]
+    ) -> _T:
+        metadata = dict(context.invocation_metadata() or ())
+        if PASSED_ON in metadata:
+            # The lease changed hands meanwhile; the caller's next attempt finds its new holder.
+            raise elsewhere
+        caller = metadata[METADATA_KEY]
+        assert isinstance(caller, bytes)
+        kind: Any = reply
+        answer: _T = await self._parts.peers.call(
+            elsewhere.address, method, request, kind, caller, context.time_remaining()
+        )
+        log.debug("passed-on", method=method, to=elsewhere.address)
+        return answer
 
     async def _run(self, context: _Context, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
         """The same within a stream."""
@@ -383,7 +428,8 @@ class Service(CoordinatorServicer):
             return db.is_known(session, key)
 
     async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+        # All work may be done again that a conflict of transactions undid: every call may be repeated as it is.
+        return await asyncio.get_running_loop().run_in_executor(pool, db.retried, work, *arguments)
 
 
 async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queue[pb.UploadRequest | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 import threading
 from collections import Counter
@@ -15,11 +16,13 @@ from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed
 from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle
+from parley_coordinator.leases import RETRY_MS, ElsewhereError, FencedError, Lease
 from parley_coordinator.live import Live, World
 from parley_coordinator.models import (
     LIVE,
     AgreementRow,
     CountersignatureRow,
+    EventRow,
     JoinRow,
     OpenRequest,
     RosterRow,
@@ -59,16 +62,29 @@ class Sessions:
         self._world = world
         self._lock = threading.Lock()
         self._live: dict[int, Live] = {}
+        # Leases of the sessions that are served here, those that are being launched included.
+        self._held: dict[int, Lease] = {}
         self._series: dict[bytes, threading.Lock] = {}
         self._judged: Counter[bytes] = Counter()
+        self._stopping = threading.Event()
+        self._looker: threading.Thread | None = None
 
     def close(self) -> None:
         """Lets go of all enclaves, which live on until the next start."""
+        self._stopping.set()
+        if self._looker is not None:
+            self._looker.join()
         with self._lock:
-            attached = list(self._live.values())
+            attached, held = list(self._live.values()), list(self._held.values())
             self._live.clear()
+            self._held.clear()
         for session in attached:
             session.close()
+        if held:
+            try:
+                self._world.leases.give_up(held)
+            except UnavailableError as error:
+                log.warning("leases-not-given-up", error=error.code)
 
     # Opening
 
@@ -86,30 +102,22 @@ class Sessions:
             with self._world.store.read() as session:
                 phase = session.get_one(SessionRow, number).phase
             if phase == "launching":
-                self._launch(number, agreement)
+                self._launch(self._holding(number), agreement)
         return self._view(number)
 
     def _find_or_add(self, key: bytes, request: bytes, agreement: AgreementRow) -> int:
-        with self._world.store.read() as session:
+        self._end_earlier(key, request, agreement)
+        with self._world.store.write() as session:
             before = session.get(OpenRequest, (key, request))
             if before is not None:
-                if session.get_one(SessionRow, before.number).agreement != agreement.digest:
-                    raise RefusedError("conflict", "this request id has opened a session of another agreement")
-                return before.number
-            if agreement.complete_ms is None:
-                raise RefusedError("agreement", "the agreement is not signed by all")
-            if agreement.expires_ms <= self._world.clock():
-                raise RefusedError("expired", "the agreement has expired")
-            newest = db.newest(session, agreement.series, complete=True)
-            if newest is not None and newest.version > agreement.version:
-                raise RefusedError("agreement", "a newer version of the agreement is signed by all")
+                return self._same(session, before, agreement)
+            self._check_open(session, agreement)
             row = db.live_session(session, agreement.series)
-        if row is not None and row.agreement != agreement.digest:
-            if row.phase not in ("launching", "open"):
-                raise RefusedError("busy", "a session of an earlier version must end first")
-            self._end(row.number, "agreement")
-            row = None
-        with self._world.store.write() as session:
+            if row is not None and row.agreement != agreement.digest:
+                raise UnavailableError(
+                    "a session of an earlier version is ending", code="busy", retry_after_ms=RETRY_MS
+                )
+            lease = None
             if row is None:
                 row = SessionRow(
                     session=None,
@@ -126,29 +134,72 @@ class Sessions:
                 )
                 session.add(row)
                 session.flush()
+                lease = self._world.leases.add(session, row.number)
             session.add(OpenRequest(key=key, request=request, number=row.number))
-            return row.number
+            number = row.number
+        if lease is not None:
+            self._hold(lease)
+        return number
 
-    def _launch(self, number: int, agreement: AgreementRow) -> None:
+    @staticmethod
+    def _same(session: Session, before: OpenRequest, agreement: AgreementRow) -> int:
+        if session.get_one(SessionRow, before.number).agreement != agreement.digest:
+            raise RefusedError("conflict", "this request id has opened a session of another agreement")
+        return before.number
+
+    def _check_open(self, session: Session, agreement: AgreementRow) -> None:
+        if agreement.complete_ms is None:
+            raise RefusedError("agreement", "the agreement is not signed by all")
+        if agreement.expires_ms <= self._world.clock():
+            raise RefusedError("expired", "the agreement has expired")
+        newest = db.newest(session, agreement.series, complete=True)
+        if newest is not None and newest.version > agreement.version:
+            raise RefusedError("agreement", "a newer version of the agreement is signed by all")
+
+    def _end_earlier(self, key: bytes, request: bytes, agreement: AgreementRow) -> None:
+        """A session of an earlier version gives way as long as it has no roster."""
+        with self._world.store.read() as session:
+            if session.get(OpenRequest, (key, request)) is not None:
+                return
+            self._check_open(session, agreement)
+            row = db.live_session(session, agreement.series)
+        if row is None or row.agreement == agreement.digest:
+            return
+        if row.phase not in ("launching", "open"):
+            raise RefusedError("busy", "a session of an earlier version must end first")
+        lease = self._holding(row.number)
+        with self._lock:
+            attached = self._live.get(row.number)
+        if attached is not None:
+            attached.lose("agreement")
+        else:
+            live.lose(self._world, lease, "agreement")
+            self._let_go(row.number)
+
+    def _launch(self, lease: Lease, agreement: AgreementRow) -> None:
         handle = None
         try:
             living = self._world.launcher.find()
             handle = next((found for found in living if found.agreement == agreement.digest), None)
             if handle is None:
                 handle = self._world.launcher.launch(Wanted.of(parsed(agreement.canonical)))
-            serves = live.begin(self._world, number, agreement, handle, secrets.token_bytes(NONCE_BYTES))
-        except UnavailableError as error:
-            live.lose(self._world, number, error.code)
-            if handle is not None:
-                self._world.launcher.stop(handle)
-            self._forget_request(number)
+            serves = live.begin(self._world, lease, agreement, handle, secrets.token_bytes(NONCE_BYTES))
+        except FencedError:
+            # Whoever took the session over has found the enclave, or ends it.
+            self._let_go(lease.number)
             raise
         except ParleyError as error:
-            live.lose(self._world, number, error.code)
-            if handle is not None:
-                self._world.launcher.stop(handle)
+            self._give_up(lease, handle, error)
             raise
-        self._attach(number, agreement, handle, serves)
+        self._attach(lease, agreement, handle, serves)
+
+    def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
+        self._let_go(lease.number)
+        live.lose(self._world, lease, error.code)
+        if handle is not None:
+            self._world.launcher.stop(handle)
+        if isinstance(error, UnavailableError):
+            self._forget_request(lease.number)
 
     def _forget_request(self, number: int) -> None:
         """A request that found no enclave may be repeated as it is."""
@@ -156,76 +207,140 @@ class Sessions:
             for request in session.scalars(select(OpenRequest).where(OpenRequest.number == number)):
                 session.delete(request)
 
-    def _attach(self, number: int, agreement: AgreementRow, handle: EnclaveHandle, serves: int) -> None:
-        attached = Live(self._world, number, parsed(agreement.canonical), handle, serves, self._detach)
+    def _attach(self, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle, serves: int) -> None:
+        attached = Live(self._world, lease, parsed(agreement.canonical), handle, serves, self._let_go)
         with self._lock:
-            self._live[number] = attached
+            self._live[lease.number] = attached
         attached.run()
-
-    def _detach(self, number: int) -> None:
-        with self._lock:
-            self._live.pop(number, None)
-
-    def _end(self, number: int, code: str) -> None:
-        with self._lock:
-            attached = self._live.get(number)
-        if attached is not None:
-            attached.lose(code)
-        else:
-            live.lose(self._world, number, code)
 
     def _opening(self, series: bytes) -> threading.Lock:
         with self._lock:
             return self._series.setdefault(series, threading.Lock())
 
-    def recover(self) -> None:
-        """Finds the enclaves of all live sessions again; sessions without one are lost, enclaves without one are ended."""
-        handles = {handle.id: handle for handle in self._world.launcher.find()}
-        with self._world.store.read() as session:
-            rows = list(session.scalars(select(SessionRow).where(SessionRow.phase.in_(LIVE))))
-            untold = list(
-                session.scalars(select(SessionRow).where(SessionRow.phase == "released", ~SessionRow.stored_told))
-            )
-            agreements = {row.agreement: session.get_one(AgreementRow, row.agreement) for row in rows}
-        for row in rows:
-            agreement = agreements[row.agreement]
-            if row.phase == "launching":
-                begun = next((found for found in handles.values() if found.agreement == row.agreement), None)
-                if begun is not None:
-                    del handles[begun.id]
-                threading.Thread(target=self._relaunch, args=(row.number, agreement), daemon=True).start()
-            elif (handle := handles.pop(row.enclave, None)) is not None:
-                self._reattach(row.number, agreement, handle)
-            else:
-                live.lose(self._world, row.number, "lost")
-        for row in untold:
-            live.tell_stored(self._world, row.number, handles.pop(row.enclave, None))
-        for stray in handles.values():
-            log.warning("enclave-without-session", enclave=stray.id)
-            self._world.launcher.stop(stray)
+    # Leases
 
-    def _reattach(self, number: int, agreement: AgreementRow, handle: EnclaveHandle) -> None:
+    def _hold(self, lease: Lease) -> None:
+        with self._lock:
+            self._held[lease.number] = lease
+
+    def _let_go(self, number: int) -> None:
+        with self._lock:
+            self._live.pop(number, None)
+            self._held.pop(number, None)
+
+    def _holding(self, number: int) -> Lease:
+        """The lease of a session that is served here; ElsewhereError where it is not, or nobody serves it yet."""
+        with self._lock:
+            lease = self._held.get(number)
+        if lease is not None:
+            return lease
+        address = self._world.leases.elsewhere(number)
+        if address is not None:
+            raise ElsewhereError(address)
+        raise UnavailableError("the session is being attached to its enclave; try again", retry_after_ms=RETRY_MS)
+
+    def recover(self) -> None:
+        """Takes up all sessions that this coordinator may serve: finds their enclaves again, gives up those that have none,
+        and ends enclaves of no session. From then on it prolongs its leases, and looks for sessions whose coordinator died."""
+        self._world.launcher.find()
+        self._look(first=True)
+        handles = self._world.launcher.find()
+        enclaves, starting = self._world.leases.of_node()
+        for stray in handles:
+            if stray.id not in enclaves and stray.agreement not in starting:
+                log.warning("enclave-without-session", enclave=stray.id)
+                self._world.launcher.stop(stray)
+        self._looker = threading.Thread(target=self._keep_looking, name="leases", daemon=True)
+        self._looker.start()
+
+    def _keep_looking(self) -> None:
+        while not self._stopping.wait(self._world.leases.renew_s * (0.8 + 0.4 * random.random())):  # noqa: S311  # jitter
+            try:
+                self._renew()
+                self._look(first=False)
+            except UnavailableError as error:
+                log.warning("leases-wait", code=error.code)
+            except Exception:  # noqa: BLE001  # it must go on: without it all sessions here would be taken over
+                log.fault("leases-failed")
+
+    def _renew(self) -> None:
+        with self._lock:
+            held = list(self._held.values())
+        for lease in self._world.leases.renew(held) if held else ():
+            with self._lock:
+                if self._held.get(lease.number) != lease:
+                    continue
+                del self._held[lease.number]
+                attached = self._live.pop(lease.number, None)
+            log.warning("overtaken", number=lease.number, token=lease.token)
+            if attached is not None:
+                # It waits for what is under way; the other leases do not.
+                threading.Thread(target=attached.close, name="overtaken", daemon=True).start()
+
+    def _look(self, *, first: bool) -> None:
+        with self._lock:
+            held = set(self._held)
+        numbers = [number for number in self._world.leases.free(first=first) if number not in held]
+        if not numbers:
+            return
+        handles = {handle.id: handle for handle in self._world.launcher.find()}
+        for number in numbers:
+            if self._stopping.is_set():
+                return
+            lease = self._world.leases.take(number, first=first)
+            if lease is None:
+                continue
+            self._hold(lease)
+            try:
+                self._adopt(lease, handles)
+            except ParleyError as error:
+                # Once the lease has expired, it is tried again.
+                self._let_go(number)
+                log.warning("not-taken-over", number=number, code=error.code)
+
+    def _adopt(self, lease: Lease, handles: dict[str, EnclaveHandle]) -> None:
+        with self._world.store.read() as session:
+            row = session.get_one(SessionRow, lease.number)
+            agreement = session.get_one(AgreementRow, row.agreement)
+        handle = handles.get(row.enclave)
+        if row.phase == "released":
+            live.tell_stored(self._world, lease, handle)
+            self._let_go(lease.number)
+        elif row.phase == "launching":
+            threading.Thread(target=self._relaunch, args=(lease, agreement), daemon=True).start()
+        elif row.phase in LIVE and handle is not None:
+            self._reattach(lease, agreement, handle)
+        else:
+            # Also where the enclave is on another machine: nobody there has come back to it.
+            self._let_go(lease.number)
+            live.lose(self._world, lease, "lost")
+
+    def _reattach(self, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle) -> None:
         try:
             serves = live.load(self._world, agreement, handle)
         except ParleyError as error:
             log.warning("enclave-not-found-again", enclave=handle.id, code=error.code)
-            live.lose(self._world, number, "lost")
+            self._let_go(lease.number)
+            live.lose(self._world, lease, "lost")
             self._world.launcher.stop(handle)
         else:
-            self._attach(number, agreement, handle, serves)
+            # The enclave keeps twice as many as it asks for, and drops the oldest: those of a coordinator that was stopped
+            # would make it wait for frames.
+            self._attach(lease, agreement, handle, 2 * serves if lease.overtaken else serves)
 
-    def _relaunch(self, number: int, agreement: AgreementRow) -> None:
+    def _relaunch(self, lease: Lease, agreement: AgreementRow) -> None:
         with self._opening(agreement.series):
             with self._world.store.read() as session:
-                if session.get_one(SessionRow, number).phase != "launching":
+                if session.get_one(SessionRow, lease.number).phase != "launching":
                     return
             try:
-                self._launch(number, agreement)
+                self._launch(lease, agreement)
             except ParleyError as error:
-                log.warning("relaunch-failed", number=number, code=error.code)
+                log.warning("relaunch-failed", number=lease.number, code=error.code)
             except Exception:  # noqa: BLE001  # a thread that dies silently would leave the session launching for ever
-                log.fault("relaunch-failed", number=number)
-                live.lose(self._world, number, "internal")
+                log.fault("relaunch-failed", number=lease.number)
+                self._let_go(lease.number)
+                live.lose(self._world, lease, "internal")
 
     # What members ask for
 
@@ -300,10 +415,11 @@ class Sessions:
         with self._world.store.read() as session:
             row, name = db.session_for(session, identifier, key)
         live.require(row, *LIVE)
+        self._holding(row.number)
         with self._lock:
             attached = self._live.get(row.number)
         if attached is None:
-            raise UnavailableError("the session is being attached to its enclave; try again", retry_after_ms=1000)
+            raise UnavailableError("the session is being attached to its enclave; try again", retry_after_ms=RETRY_MS)
         return row, name, attached
 
     def _view(self, number: int) -> SessionView:
@@ -311,7 +427,9 @@ class Sessions:
             attached = self._live.get(number)
         with self._world.store.read() as session:
             row = session.get_one(SessionRow, number)
-            percent = 100 if row.phase == "released" else attached.percent if attached is not None else 0
+            percent = (
+                100 if row.phase == "released" else attached.percent if attached is not None else told(session, row)
+            )
             deadline = row.deadline_ms
             if row.phase in ("rostered", "computing") and row.roster is not None:
                 deadline = session.get_one(RosterRow, row.roster).expires_ms
@@ -324,6 +442,17 @@ class Sessions:
                 deadline_ms=deadline,
                 percent=percent if row.phase in ("computing", "released") else 0,
             )
+
+
+def told(session: Session, row: SessionRow) -> int:
+    """How far the computation of a session is that another coordinator serves: what the newest event says."""
+    newest = (
+        select(EventRow.percent)
+        .where(EventRow.session == row.session, EventRow.kind == "progress", EventRow.member == "")
+        .order_by(EventRow.number.desc())
+        .limit(1)
+    )
+    return session.scalar(newest) or 0
 
 
 def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:

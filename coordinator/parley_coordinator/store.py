@@ -435,6 +435,8 @@ def stored_bytes(session: Session, owner: bytes) -> int:
 def bundle_of(session: Session, row: SessionRow) -> BundleRow:
     """The bundle of a released session; RefusedError "phase" before."""
     bundle = session.get(BundleRow, row.number)
+    if bundle is None and row.phase == "released":
+        raise RefusedError("expired", "the bundle was deleted after the time for which the operator keeps it")
     if bundle is None:
         raise RefusedError("lost" if row.phase == "lost" else "phase", "the session has released nothing")
     return bundle

@@ -60,6 +60,7 @@ class Writing:
         self._number = row.number
         self._writer = writer
         self._synced = row.stored
+        self._generation = row.writer
         self.size = row.size
         self.superseded = threading.Event()
         self._ended = threading.Event()
@@ -90,13 +91,21 @@ class Writing:
         if offset + len(data) > position:
             self._writer.write(data[position - offset :])
 
-    def sync(self) -> UploadView:
-        """Makes what was written durable and says so in the store; with the last byte the upload is complete."""
-        synced = self._writer.sync()
+    def sync(self, *, whole: bool = True) -> UploadView:
+        """Makes what was written durable and says so in the store; with the last byte the upload is complete.
+
+        RefusedError "busy" where a stream at another coordinator has taken over.
+        """
+        synced = self._writer.sync(whole=whole)
         with self._store.write() as session:
-            row = session.get_one(UploadRow, self._number)
+            row = session.get(UploadRow, self._number)
+            if row is None:
+                raise RefusedError("unknown-upload", "the upload has been deleted")
+            if row.writer != self._generation:
+                self.superseded.set()
+                raise RefusedError("busy", "another stream has taken over this upload")
             if synced > row.stored:
-                row.stored = synced
+                row.stored, row.state = synced, self._writer.state
             if row.stored == row.size and row.complete_ms is None:
                 row.complete_ms = self._clock()
                 db.happened(session, "uploaded", row.agreement, row.complete_ms, member=row.party, table=row.table_name)
@@ -192,9 +201,13 @@ class Uploads:
         with self._lock:
             if row.number in self._writing:
                 raise RefusedError("busy", "another stream writes this upload")
-            # What was acknowledged may have grown since `row` was read.
-            with self._store.read() as session:
-                row = session.get_one(UploadRow, row.number)
+            # What was acknowledged may have grown since `row` was read; from here on no other stream adds to it.
+            with self._store.write() as session:
+                found = session.get(UploadRow, row.number)
+                if found is None:
+                    raise RefusedError("unknown-upload", "the upload has been deleted")
+                row = found
+                row.writer += 1
             current = Writing(self._store, self._clock, row, self._open(row))
             self._writing[row.number] = current
         try:
@@ -207,7 +220,7 @@ class Uploads:
     def _open(self, row: UploadRow) -> BlobWriter:
         name = upload_name(row.number)
         try:
-            return self._blobs.writer(name, row.stored)
+            return self._blobs.writer(name, row.stored, row.size, row.state)
         except OSError as error:
             log.warning("blob-damaged", blob=name, error=type(error).__name__)
             raise RefusedError("internal", "the coordinator's store has lost bytes of this upload") from error

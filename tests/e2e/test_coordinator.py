@@ -51,15 +51,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def coordinator(tmp_path: Path, tree: Path) -> Iterator[Coordinator]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def coordinator(request: pytest.FixtureRequest, tmp_path: Path, tree: Path) -> Iterator[Coordinator]:
     folder = tmp_path / "c"
     root = folder / "root"
     root.mkdir(parents=True)
     LocalRoot.create(system_now_ms()).save(root)
     command = [sys.executable, "-m", "parley_deploy.enclave", "--root", str(root), "--workers", "1"]
     command += ["--tree", str(tree)]
-    with Coordinator(folder, command) as made:
+    database = request.getfixturevalue("cluster").migrated() if request.param == "postgresql" else None
+    with Coordinator(folder, command, database=database) as made:
         made.tree = tree
         yield made
 
@@ -269,7 +270,7 @@ def test_crd_17_kill_between_a_join_stored_and_its_answer(coordinator: Coordinat
     request = pb.PutJoinRequest(session=made.session, cose=cose)
     client = made.client("bob")
     call = client.stub.PutJoin.future(request, metadata=client.metadata(), timeout=60)
-    store = Store(f"sqlite:///{coordinator.folder / 'coordinator.db'}")
+    store = Store(coordinator.database)
 
     def stored() -> int:
         with store.read() as session:
@@ -360,6 +361,8 @@ def test_crd_17_after_the_release_and_before_stored(coordinator: Coordinator, mo
     from parley_coordinator.blobs import Directory
     from parley_coordinator.clock import now_ms as clock
     from parley_coordinator.launcher import LocalLauncher
+    from parley_coordinator.leases import Leases
+    from parley_coordinator.node import Identity
 
     made = play(coordinator)
     made.open()
@@ -370,7 +373,9 @@ def test_crd_17_after_the_release_and_before_stored(coordinator: Coordinator, mo
     settings = config.load(coordinator.folder / "coordinator.toml")
     store = Store(settings.database)
     launcher = LocalLauncher(settings.local, 4)
-    world = live.World(store, Directory(settings.blobs), launcher, settings.deadlines, clock)
+    identity = Identity.claim(settings)
+    leases = Leases(store, identity, lease_s=10, abandon_s=60)
+    world = live.World(store, Directory(settings.blobs), launcher, settings.deadlines, clock, leases)
     with monkeypatch.context() as patched:
         # As if the process had died after the transaction and before it told the enclave.
         patched.setattr(live, "tell_stored", lambda *arguments: None)
@@ -390,6 +395,7 @@ def test_crd_17_after_the_release_and_before_stored(coordinator: Coordinator, mo
         assert session.query(SessionRow.stored_told).scalar() is True
     sessions.close()
     store.close()
+    identity.close()
     coordinator.start()
     assert bundle(made).roster == roster
 

@@ -142,11 +142,23 @@ class Client:
 class Coordinator:
     """A folder with a coordinator; `start`, `stop` and `kill` its process as often as wanted.
 
-    `command` is the launcher's, to which `--dir` and `--agreement-hint` are added; `toml` is added to the configuration.
+    `command` is the launcher's, to which `--dir` and `--agreement-hint` are added; `toml` is added to the configuration,
+    `database` and `blobs` stand in it, `enclaves` is the launcher's folder.
     """
 
-    def __init__(self, folder: Path, command: Sequence[str], toml: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        toml: str = "",
+        *,
+        database: str | None = None,
+        blobs: str = "blobs",
+        enclaves: Path | None = None,
+    ) -> None:
         self.folder = folder
+        self.database = database or f"sqlite:///{folder / 'coordinator.db'}"
+        self.enclaves_folder = enclaves or folder / "e"
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""
         self.tree: Path | None = None
@@ -155,8 +167,10 @@ class Coordinator:
         self.run_command("init", "--dir", str(folder), "--listen", "127.0.0.1:0")
         listed = ", ".join(f'"{part}"' for part in command)
         (folder / "coordinator.toml").write_text(
-            f'listen = "127.0.0.1:0"\ngrace_s = 2.0\n{toml}\n[launcher.local]\ncommand = [{listed}]\nfolder = "e"\n'
+            f'listen = "127.0.0.1:0"\ngrace_s = 2.0\n{toml}\n'
+            f'[launcher.local]\ncommand = [{listed}]\nfolder = "{self.enclaves_folder}"\n'
             "[deadline]\nstatus_s = 0.2\n"
+            f'[store]\ndatabase = "{self.database}"\nblobs = "{blobs}"\n'
         )
 
     @property
@@ -223,7 +237,8 @@ class Coordinator:
 
     def enclaves(self) -> list[Path]:
         """Folders of its enclaves."""
-        return sorted((self.folder / "e").iterdir()) if (self.folder / "e").exists() else []
+        folder = self.enclaves_folder
+        return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
 
     def enclave_pid(self) -> int:
         """The process of its one enclave."""

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from parley_coordinator.agreements import Agreements
-from parley_coordinator.blobs import Directory
+from parley_coordinator.blobs import BlobStore, Directory
 from parley_coordinator.config import Quotas
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.leases import Leases
 from parley_coordinator.models import Operator
+from parley_coordinator.node import Identity
 from parley_coordinator.releases import Releases
 from parley_coordinator.store import Store
 from parley_coordinator.uploads import Uploads, UploadView
@@ -45,14 +47,17 @@ def key(name: str) -> bytes:
 class Desk:
     """Store, blobs and what works on them; `now` is the clock. ann's key is the operator's only one."""
 
-    def __init__(self, folder: Path, quotas: Quotas = Quotas(), database: str | None = None) -> None:  # frozen
+    def __init__(
+        self, folder: Path, quotas: Quotas = Quotas(), *, database: str | None = None, blobs: BlobStore | None = None
+    ) -> None:  # frozen
         self.now = NOW
         self.store = Store(database or f"sqlite:///{folder / 'c.db'}")
-        self.blobs = Directory(folder / "blobs")
+        self.blobs = blobs or Directory(folder / "blobs")
         self.agreements = Agreements(self.store, quotas, self.clock)
         self.uploads = Uploads(self.store, self.blobs, quotas, self.clock, handover_s=1.0)
         self.releases = Releases(self.store, self.blobs, self.clock)
         self.inbox = Inbox(self.store, self.clock)
+        self.leases = Leases(self.store, Identity("holder", "node"), lease_s=10, abandon_s=60)
         with self.store.write() as session:
             session.add(Operator(key=key("ann"), label="ann", added_ms=NOW))
 

@@ -124,7 +124,7 @@ def test_what_does_not_start_is_unavailable_and_leaves_nothing(tmp_path: Path, c
         with pytest.raises(UnavailableError) as caught:
             launcher.launch(wanted(FIRST))
         assert caught.value.code == "unavailable"
-        assert list((tmp_path / "e").iterdir()) == []
+        assert [path for path in (tmp_path / "e").iterdir() if path.is_dir()] == []
 
 
 def test_paths_that_no_socket_can_have_are_a_config_error(tmp_path: Path, command: tuple[str, ...]) -> None:

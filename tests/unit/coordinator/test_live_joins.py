@@ -42,7 +42,8 @@ class Waiting(Live):
             session.add(row)
             session.flush()
             self._number = row.number
-        self._world = cast("Any", SimpleNamespace(store=desk.store, clock=desk.clock))
+            self._lease = desk.leases.add(session, row.number)
+        self._world = cast("Any", SimpleNamespace(store=desk.store, clock=desk.clock, leases=desk.leases))
         self._lock = threading.RLock()
         self._epoch = 0
         self._joining = {}

@@ -58,10 +58,13 @@ class Silent(Live):
             session.add(row)
             session.flush()
             self._number = row.number
+            self._lease = desk.leases.add(session, row.number)
             join = JoinRow(number=row.number, digest=b"j", party="ann", cose=b"", receipt=b"r", code="", at_ms=NOW)
             session.add(join)
         deadlines = SimpleNamespace(short_s=1.0)
-        world = SimpleNamespace(store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines)
+        world = SimpleNamespace(
+            store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines, leases=desk.leases
+        )
         self._world = cast("Any", world)
         self._handle = HANDLE
         self._channel = relay.Channel(HANDLE.address)

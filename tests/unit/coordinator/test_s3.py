@@ -1,0 +1,408 @@
+"""Blobs in a bucket, over HTTP: resumed at any byte, checked, read ahead, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from parley_coordinator import s3
+from parley_coordinator.blobs import bundle_name, upload_name
+from parley_coordinator.config import S3
+from parley_coordinator.s3 import BLOCK, Bucket, MissingError
+from parley_protocol.errors import UnavailableError
+from support import s3 as support
+
+MIB = 1 << 20
+NAME = upload_name(0x2A)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with support.server() as made:
+        yield made
+
+
+@pytest.fixture
+def config(url: str) -> S3:
+    return support.bucket(url)
+
+
+@pytest.fixture
+def bucket(config: S3) -> Iterator[Bucket]:
+    made = Bucket(config)
+    yield made
+    made.close()
+
+
+class Requests:
+    """The requests of a client, and what is done to them."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        events = bucket.client.meta.events
+        events.register("before-parameter-build.s3", self._see)
+
+    def _see(self, params: dict[str, Any], model: Any, **_: object) -> None:
+        self.seen.append((model.name, dict(params)))
+
+    def names(self) -> list[str]:
+        """Operations in order."""
+        return [name for name, _ in self.seen]
+
+
+def objects(bucket: Bucket, config: S3) -> list[str]:
+    listed = bucket.client.list_objects_v2(Bucket=config.bucket).get("Contents", [])
+    return sorted(found["Key"].removeprefix(config.prefix) for found in listed)
+
+
+def uploads(bucket: Bucket, config: S3) -> int:
+    return len(bucket.client.list_multipart_uploads(Bucket=config.bucket).get("Uploads", []))
+
+
+def whole(bucket: Bucket, size: int) -> bytes:
+    reader = bucket.reader(NAME)
+    assert reader.size == size
+    return reader.read(0, size + 99)
+
+
+@pytest.mark.parametrize("size", [1, 5 * MIB, 8 * MIB, 8 * MIB + 1, 20 * MIB])
+def test_a_blob_is_written_at_once(bucket: Bucket, config: S3, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    writer = bucket.writer(NAME, 0, size)
+    for at in range(0, size, MIB):
+        writer.write(data[at : at + MIB])
+    assert (writer.sync(), writer.position) == (size, size)
+    writer.close()
+    assert whole(bucket, size) == data
+    assert objects(bucket, config) == [NAME]
+    assert uploads(bucket, config) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_upload_is_resumed_at_arbitrary_bytes_by_other_coordinators(config: S3, seed: int) -> None:
+    """Each turn is another process's: what the store of state holds is all it has."""
+    numbers = random.Random(seed)
+    size = numbers.randrange(1, 40) * MIB + numbers.randrange(MIB)
+    data = numbers.randbytes(size)
+    stored, state, turns = 0, "", 0
+    while stored < size:
+        bucket = Bucket(config)
+        writer = bucket.writer(NAME, stored, size, state)
+        assert writer.position == stored
+        end = min(size, stored + numbers.randrange(1, 15 * MIB))
+        at = stored
+        while at < end:
+            piece = min(end - at, numbers.randrange(1, 2 * MIB))
+            writer.write(data[at : at + piece])
+            at += piece
+            if numbers.random() < 0.2:
+                stored, state = writer.sync(whole=False), writer.state
+        if numbers.random() < 0.5 or at == size:
+            stored, state = writer.sync(), writer.state
+            assert stored == end
+        # Otherwise it was killed: what was not noted is sent again.
+        writer.close()
+        bucket.close()
+        turns += 1
+        assert turns < 500
+    bucket = Bucket(config)
+    assert hashlib.sha256(whole(bucket, size)).digest() == hashlib.sha256(data).digest()
+    assert objects(bucket, config) == [NAME]
+    bucket.close()
+
+
+def test_killed_between_the_last_byte_and_its_note(bucket: Bucket) -> None:
+    for size in (3 * MIB, 12 * MIB):
+        data = os.urandom(size)
+        writer = bucket.writer(NAME, 0, size)
+        writer.write(data[:-MIB])
+        stored, state = writer.sync(), writer.state
+        writer.write(data[-MIB:])
+        assert writer.sync() == size
+        again = bucket.writer(NAME, stored, size, state)
+        assert again.position == size
+        assert again.sync() == size
+        assert whole(bucket, size) == data
+        bucket.delete(NAME, again.state)
+
+
+def test_a_stopped_writer_that_goes_on_spoils_nothing(bucket: Bucket) -> None:
+    """Its parts have numbers of their own."""
+    size = 40 * MIB
+    data = os.urandom(size)
+    old = bucket.writer(NAME, 0, size)
+    old.write(data[: 9 * MIB])
+    stored, state = old.sync(whole=False), old.state
+    assert stored == 8 * MIB
+    new = bucket.writer(NAME, stored, size, state)
+    new.write(data[stored : 30 * MIB])
+    old.write(b"x" * 20 * MIB)
+    new.write(data[30 * MIB :])
+    assert new.sync() == size
+    assert whole(bucket, size) == data
+
+
+def test_a_transfer_is_checked(bucket: Bucket) -> None:
+    requests = Requests(bucket)
+    size = 12 * MIB
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(os.urandom(9 * MIB))
+    writer.sync()
+    writer.write(os.urandom(3 * MIB))
+    writer.sync()
+    sent = [params for name, params in requests.seen if name in ("UploadPart", "PutObject")]
+    assert len(sent) == 3
+    for params in sent:
+        digest = hashlib.sha256(params["Body"]).digest()
+        assert params["ChecksumSHA256"] == __import__("base64").b64encode(digest).decode()
+    (done,) = [params for name, params in requests.seen if name == "CompleteMultipartUpload"]
+    assert all(part["ChecksumSHA256"] for part in done["MultipartUpload"]["Parts"])
+
+
+@pytest.mark.parametrize("what", ["tail", "part", "upload", "changed tail"])
+def test_bytes_that_were_stored_and_are_gone_are_an_error(bucket: Bucket, config: S3, what: str) -> None:
+    size = 30 * MIB
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(os.urandom(17 * MIB))
+    stored, state = writer.sync(), writer.state
+    tail = next(key for key in objects(bucket, config) if ".tail-" in key)
+    if what == "tail":
+        bucket.client.delete_object(Bucket=config.bucket, Key=config.prefix + tail)
+    elif what == "changed tail":
+        bucket.client.put_object(Bucket=config.bucket, Key=config.prefix + tail, Body=os.urandom(MIB))
+    elif what == "upload":
+        bucket.abort(config.prefix + NAME, s3.Progress.load(state).upload)
+    else:
+        upload = s3.Progress.load(state).upload
+        bucket.client.upload_part(
+            Bucket=config.bucket, Key=config.prefix + NAME, UploadId=upload, PartNumber=2, Body=os.urandom(5 * MIB)
+        )
+    with pytest.raises(OSError, match=r"stored|no such thing") as caught:
+        bucket.writer(NAME, stored, size, state)
+    assert not isinstance(caught.value, UnavailableError)
+
+
+def test_a_state_that_does_not_fit_is_an_error(bucket: Bucket) -> None:
+    with pytest.raises(OSError, match="0 bytes where 5"):
+        bucket.writer(NAME, 5, 10)
+    for state in ("x", "[]", "[1,2,3,4,5]"):
+        with pytest.raises(OSError, match="state"):
+            bucket.writer(NAME, 0, 10, state)
+
+
+def test_a_missing_blob(bucket: Bucket) -> None:
+    with pytest.raises(FileNotFoundError):
+        bucket.reader(NAME)
+    with pytest.raises(ValueError, match="name"):
+        bucket.reader("../x")
+
+
+def test_a_range_goes_to_a_socket_and_ahead_of_it_blocks_are_fetched(bucket: Bucket) -> None:
+    size = 9 * BLOCK + 17
+    data = os.urandom(size)
+    bucket.put(NAME, [data])
+    requests = Requests(bucket)
+    here, there = socket.socketpair()
+    received = bytearray()
+
+    def receive() -> None:
+        while part := there.recv(MIB):
+            received.extend(part)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    reader = bucket.reader(NAME)
+    with here, there:
+        # As an enclave pulls: frames of 128 KiB, one after the other.
+        for at in range(0, size, 1 << 17):
+            reader.send(here, at, min(1 << 17, size - at))
+        here.shutdown(socket.SHUT_WR)
+        thread.join()
+    assert bytes(received) == data
+    gets = [params for name, params in requests.seen if name == "GetObject"]
+    assert len(gets) == 10
+    with pytest.raises(OSError, match="ended while it was sent"):
+        reader.send(here, size - 1, 2)
+
+
+def test_blocks_are_fetched_before_they_are_asked_for(bucket: Bucket) -> None:
+    bucket.put(NAME, [os.urandom(10 * BLOCK)])
+    requests = Requests(bucket)
+    reader = bucket.reader(NAME)
+    reader.read(0, 10)
+    assert requests.names().count("GetObject") == 1
+    reader.read(10, 10)
+    reader.read(BLOCK, 10)
+    until = time.monotonic() + 10
+    while requests.names().count("GetObject") < 1 + s3.AHEAD + 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert requests.names().count("GetObject") == 1 + s3.AHEAD + 1
+
+
+def test_readers_at_the_same_place_share_a_fetch_and_memory_is_bounded(bucket: Bucket, config: S3) -> None:
+    size = 24 * BLOCK
+    data = os.urandom(size)
+    bucket.put(NAME, [data])
+    requests = Requests(bucket)
+    threads = [threading.Thread(target=lambda: bucket.reader(NAME).read(5, 100)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert requests.names().count("GetObject") == 1
+    assert bucket.reader(NAME).read(0, size) == data
+    assert len(bucket._blocks._held) <= config.cache_bytes // BLOCK
+
+
+def test_a_blob_that_changes_under_a_reader_is_an_error(bucket: Bucket, config: S3) -> None:
+    bucket.put(NAME, [os.urandom(3 * BLOCK)])
+    reader = bucket.reader(NAME)
+    reader.read(0, 10)
+    bucket.client.put_object(Bucket=config.bucket, Key=config.prefix + NAME, Body=os.urandom(3 * BLOCK))
+    with pytest.raises(OSError, match="not the same"):
+        reader.read(2 * BLOCK, 10)
+
+
+def test_bundles_are_there_as_a_whole_or_not_at_all(bucket: Bucket, config: S3) -> None:
+    name = bundle_name(bytes(16))
+
+    def broken() -> Iterator[bytes]:
+        yield os.urandom(9 * MIB)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        bucket.put(name, broken())
+    with pytest.raises(FileNotFoundError):
+        bucket.reader(name)
+    assert bucket.put(name, [b"a" * (9 * MIB), b"b"]) == 9 * MIB + 1
+    assert bucket.put(name, [b"newer"]) == 5
+    assert bucket.reader(name).read(0, 99) == b"newer"
+
+
+def test_deletion_leaves_nothing(bucket: Bucket, config: S3) -> None:
+    size = 30 * MIB
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(os.urandom(17 * MIB))
+    writer.sync()
+    assert objects(bucket, config)
+    assert uploads(bucket, config) == 1
+    bucket.delete(NAME, writer.state)
+    assert objects(bucket, config) == []
+    assert uploads(bucket, config) == 0
+    bucket.delete(NAME, writer.state)
+    bucket.put(NAME, [b"x"])
+    bucket.put(NAME + "b", [b"another"])
+    bucket.delete(NAME)
+    assert objects(bucket, config) == [NAME + "b"]
+
+
+def test_multiparts_that_nobody_writes_are_aborted(bucket: Bucket, config: S3) -> None:
+    lost = bucket.writer(NAME, 0, 30 * MIB)
+    lost.write(os.urandom(9 * MIB))
+    growing = bucket.writer(upload_name(1), 0, 30 * MIB)
+    growing.write(os.urandom(9 * MIB))
+    growing.sync(whole=False)
+    states = {upload_name(1): growing.state}
+    (begun,) = {
+        found["Initiated"] for found in bucket.client.list_multipart_uploads(Bucket=config.bucket).get("Uploads", [])
+    }
+    at_ms = int(begun.timestamp() * 1000)
+    assert bucket.sweep(at_ms, states.get) == 0
+    assert bucket.sweep(at_ms + 1, states.get) == 1
+    assert uploads(bucket, config) == 1
+    growing.write(os.urandom(21 * MIB))
+    assert growing.sync() == 30 * MIB
+
+
+def test_objects_are_sealed_under_a_kms_key(url: str) -> None:
+    from dataclasses import replace
+
+    sealed = Bucket(replace(support.bucket(url), kms_key="arn:aws:kms:us-east-1:111122223333:key/k"))
+    sealed.put(NAME, [os.urandom(9 * MIB)])
+    sealed.put(upload_name(1), [b"small"])
+    for name in (NAME, upload_name(1)):
+        found = sealed.client.head_object(Bucket=sealed._config.bucket, Key=f"blobs/{name}")
+        assert (found["ServerSideEncryption"], found["SSEKMSKeyId"][-6:]) == ("aws:kms", ":key/k"[-6:])
+    sealed.close()
+
+
+def failing(bucket: Bucket, operation: str, times: int, status: int = 503) -> list[int]:
+    """The next requests of one operation are answered with an error, as by a store under load."""
+    from botocore.awsrequest import AWSResponse
+    from botocore.compat import HTTPHeaders
+
+    left = [times, 0]
+
+    class Raw:
+        def stream(self, *_: object, **__: object) -> Iterator[bytes]:
+            yield b"<Error><Code>SlowDown</Code><Message>x</Message></Error>"
+
+    def answer(request: Any, **_: object) -> Any:
+        left[1] += 1
+        if left[0] <= 0:
+            return None
+        left[0] -= 1
+        return AWSResponse(request.url, status, HTTPHeaders(), Raw())
+
+    bucket.client.meta.events.register(f"before-send.s3.{operation}", answer)
+    return left
+
+
+def test_a_store_under_load_is_asked_again(bucket: Bucket) -> None:
+    tried = failing(bucket, "UploadPart", 2)
+    data = os.urandom(9 * MIB)
+    writer = bucket.writer(NAME, 0, len(data))
+    writer.write(data)
+    assert writer.sync() == len(data)
+    assert tried[1] == 2 + 2
+    assert whole(bucket, len(data)) == data
+
+
+def test_a_store_that_stays_away_is_unavailable_and_loses_nothing(bucket: Bucket) -> None:
+    data = os.urandom(20 * MIB)
+    writer = bucket.writer(NAME, 0, len(data))
+    writer.write(data[: 9 * MIB])
+    stored, state = writer.sync(), writer.state
+    tried = failing(bucket, "UploadPart", 99)
+    with pytest.raises(UnavailableError) as caught:
+        writer.write(data[9 * MIB :])
+    assert caught.value.retry_after_ms == s3.RETRY_MS
+    assert tried[1] == s3.ATTEMPTS
+    tried[0] = 0
+    again = bucket.writer(NAME, stored, len(data), state)
+    again.write(data[stored:])
+    assert again.sync() == len(data)
+    assert whole(bucket, len(data)) == data
+
+
+def test_a_reader_of_a_store_that_is_away(bucket: Bucket) -> None:
+    bucket.put(NAME, [os.urandom(3 * BLOCK)])
+    reader = bucket.reader(NAME)
+    tried = failing(bucket, "GetObject", 99, 500)
+    with pytest.raises(UnavailableError):
+        reader.read(0, 10)
+    tried[0] = 0
+    assert len(reader.read(0, 10)) == 10
+
+
+def test_no_server_is_unavailable(config: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        gone = Bucket(replace(config, endpoint_url=f"http://127.0.0.1:{held.getsockname()[1]}"))
+        with pytest.raises(UnavailableError):
+            gone.reader(NAME)
+        gone.close()
+
+
+def test_a_missing_object_is_no_fault_of_the_store() -> None:
+    assert issubclass(MissingError, FileNotFoundError)
