@@ -1,7 +1,7 @@
 """kill -9 of every process at every step of SPEC at which something durable or shared changes (the table in `moments`).
 
-Members that are killed at theirs are in test_faults. `make faults` tries each step by itself; otherwise one play goes through
-all of them for the coordinator, and through some for the others.
+Members that are killed at theirs are in test_faults. `make faults` tries each step by itself, with each process; otherwise
+plays go through some of them.
 """
 
 from __future__ import annotations
@@ -28,27 +28,34 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 def killed(stage: Stage, folder: Path, target: str, moments: Sequence[Moment]) -> None:
-    """A play in which a target is killed at moments, to its end."""
-    with Theatre(stage, folder, patience_s=30.0) as theatre:
-        killer = Killer(theatre, target, moments)
-        theatre.begin()
-        theatre.finish()
-        assert killer.missed == []
-        # There is no enclave before a session is launched, and none when its release is stored.
-        gone = {
-            str(moment) for moment in MOMENTS if moment.op in ("OpenSession", "GetBundle") or moment.step == "ses-8"
-        }
-        assert set(killer.nobody) <= gone
+    """Plays in which a target is killed at moments, one after the other, until it was at all of them; each to its end."""
+    # There is no enclave before a session is launched, and none when its release is stored.
+    gone = {str(moment) for moment in MOMENTS if moment.op in ("OpenSession", "GetBundle") or moment.step == "ses-8"}
+    left = list(moments)
+    while left:
+        with Theatre(stage, folder / str(len(left)), patience_s=30.0) as theatre:
+            killer = Killer(theatre, target, left)
+            theatre.begin()
+            theatre.finish()
+            assert set(killer.nobody) <= gone
+            assert len(killer.missed) < len(left), f"{left[0]} did not come"
+            left = killer.missed
 
 
-def test_the_coordinator_killed_at_all_steps_one_after_the_other(stage: Stage, tmp_path: Path) -> None:
-    killed(stage, tmp_path / "p", "coordinator", MOMENTS)
-
-
-@pytest.mark.parametrize("target", TARGETS[1:])
+@pytest.mark.parametrize("target", TARGETS)
 def test_killed_at_some_steps_one_after_the_other(stage: Stage, tmp_path: Path, target: str) -> None:
-    named = ("adm-7-join-answered", "ses-6-countersign-asked", "eng-1-last-pull-asked")
-    killed(stage, tmp_path / "p", target, [moment for moment in MOMENTS if str(moment) in named])
+    some = {
+        "coordinator": MOMENTS if ALL else MOMENTS[::4],
+        "enclave": _named("adm-7-join-answered", "eng-1-last-pull-asked"),
+        "machine": _named("ses-6-countersign-asked"),
+        "module": _named("ses-3-begin-answered"),
+        "worker": _named("adm-5-pull-asked", "eng-1-last-pull-asked"),
+    }
+    killed(stage, tmp_path / "p", target, some[target])
+
+
+def _named(*names: str) -> list[Moment]:
+    return [moment for moment in MOMENTS if str(moment) in names]
 
 
 @pytest.mark.parametrize(

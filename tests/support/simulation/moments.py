@@ -87,9 +87,9 @@ class Killer:
         self._next()
 
     @property
-    def missed(self) -> list[str]:
-        """Moments that did not come."""
-        return [str(moment) for moment in self._left]
+    def missed(self) -> list[Moment]:
+        """Moments that did not come: while one party was at one, the others had gone by the next."""
+        return list(self._left)
 
     def _next(self) -> None:
         if not self._left:

@@ -31,6 +31,8 @@ class Node(Coordinator):
     def __init__(self, label: str, source: Path, folder: Path, control: Path, command: Sequence[str]) -> None:
         self.label = label
         self.folder = folder
+        self.database = f"sqlite:///{folder / 'coordinator.db'}"
+        self.enclaves_folder = folder / "e"
         self.process = None
         self.address = ""
         self.clients = []
@@ -41,6 +43,7 @@ class Node(Coordinator):
         (folder / "coordinator.toml").write_text(
             'listen = "127.0.0.1:0"\ngrace_s = 2.0\n'
             f'[launcher.local]\ncommand = [{listed}]\nfolder = "e"\n[deadline]\nstatus_s = 0.2\nshort_s = 8.0\n'
+            "[cluster]\nlease_s = 1.5\nabandon_s = 0.5\n"
         )
         self.hinder()
 
