@@ -137,7 +137,7 @@ class Invariants:
             self._problems.append(f"witness: {observed.method}: {type(error).__name__}: {error}")
 
     def _observe(self, observed: Observed) -> None:
-        if observed.code:
+        if observed.code and observed.status != "CANCELLED":
             self.codes[observed.code] += 1
             known = TABLE.get(observed.code)
             if observed.code == "unanswered":

@@ -36,6 +36,8 @@ class LinkRule:
     skip: int = 0
     only: Callable[[], bool] = lambda: True
     """Whether this is one that it strikes."""
+    drop: bool = False
+    """Where `act` is called before an answer is passed on: whether it is not."""
     act: Callable[[], object] = lambda: None
     struck: bool = False
 
@@ -179,6 +181,8 @@ class _Wire:
                 return
             if rule is not None and fault == "answered" and kind not in ("progress", "failed"):
                 rule.act()
+                if rule.drop:
+                    return
                 rule = None
             host.sendall(answer)
             if kind != "progress":

@@ -13,7 +13,6 @@ from typing import Final
 
 from support.simulation.calls import Rule
 from support.simulation.link import LinkRule
-from support.simulation.plan import PARTIES
 from support.simulation.theatre import Theatre
 
 
@@ -108,12 +107,10 @@ class Killer:
         if moment.wire == "calls":
             self.theatre.calls.arm(Rule(moment.when, moment.op, act=act))
         else:
-            only = self._all_consent if moment.last else lambda: True
-            self.theatre.links.arm(LinkRule(moment.when, moment.op, only=only, act=act))
-
-    def _all_consent(self) -> bool:
-        query = "SELECT count(*) FROM countersignatures JOIN sessions USING (roster) WHERE phase IN ('rostered', 'computing')"
-        return self.theatre.node.rows(query) == [(len(PARTIES),)]
+            only = self.theatre.all_consent if moment.last else lambda: True
+            # What an enclave has said last does not arrive when it is killed.
+            drop = self.target in ("enclave", "module")
+            self.theatre.links.arm(LinkRule(moment.when, moment.op, only=only, drop=drop, act=act))
 
     def _kill(self) -> bool:
         match self.target:

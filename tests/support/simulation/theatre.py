@@ -295,6 +295,14 @@ class Theatre:
     def _after(self, seconds: float, what: str, work: Callable[[], None]) -> None:
         self._later.append(_Later(time.monotonic() + seconds, work, what))
 
+    def all_consent(self) -> bool:
+        """Whether all parties' consents to the roster that stands are stored."""
+        query = (
+            "SELECT count(*) FROM countersignatures JOIN sessions USING (roster)"
+            " WHERE phase IN ('rostered', 'computing')"
+        )
+        return self.node.rows(query) == [(len(PARTIES),)]
+
     # Steps
 
     def _take(self, step: Step) -> bool:
@@ -392,7 +400,8 @@ class Theatre:
         self.links.arm(LinkRule("broken", "pull", skip=pulls))
         return True
 
-    def _changed_file(self, name: str) -> bool:
+    def changed_file(self, name: str) -> bool:
+        """A user puts another version of its file in place, and starts again."""
         if name in self.changed or self.done(name):
             return False
         self._end_member(name)
