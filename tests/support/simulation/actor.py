@@ -6,6 +6,7 @@ reads (JSON, a `Task`), whose process id it answers. A member writes what it mee
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -35,6 +36,7 @@ from parley_protocol.errors import ParleyError, RefusedError, StateError
 from parley_protocol.transcript import Record
 from support.member import Outcome
 
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GLANCE_S: Final = 3.0
 """How long a member waits for one thing before it looks around again."""
 
@@ -91,6 +93,12 @@ class Actor:
                     return
             except ParleyError as error:
                 self._say("error", type(error).__name__, error.code, str(error))
+                time.sleep(0.1)
+            except OSError as error:
+                # What `parley` tells its user of a full disk, with the code "file".
+                if error.errno not in FULL:
+                    raise
+                self._say("error", type(error).__name__, "file", str(error))
                 time.sleep(0.1)
 
     def _once(self, connection: Connection) -> bool:

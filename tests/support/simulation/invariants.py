@@ -63,6 +63,7 @@ EXPECTED: Final = frozenset(
         "incomplete",
         "state",
         "quorum",
+        "file",
     )
 )
 """Codes that a member of a session with faults may meet. What is damaged, forged or refused for good has others."""
