@@ -349,6 +349,10 @@ class Session:
             self._leave_others(verified)
             joined = self._new_join(verified, uploads)
         reply = self._transport.put_join(self.id, joined.join_cose)
+        if reply.code == "conflict" and joined is known:
+            # It had arrived, and stood in a roster that has ended before this member had its receipt: its key is used up.
+            joined = self._new_join(verified, uploads)
+            reply = self._transport.put_join(self.id, joined.join_cose)
         if reply.code:
             raise RefusedError.from_wire(reply.code, f"the enclave refused: {reply.code}")
         receipt = verify_receipt(reply.receipt, verified.offer.offer, joined.join)

@@ -244,6 +244,35 @@ def test_a_join_that_got_no_answer_is_sent_again_as_it_is(desk: Desk) -> None:
     assert [signed for _, signed in desk.wire.sent] == [kept.join_cose]
 
 
+def test_a_join_whose_key_was_used_up_before_it_was_answered_is_made_anew(desk: Desk) -> None:
+    """It stood in a roster that has ended, and this member has no receipt of it: the same join is refused for good."""
+    opened = desk.wire.open()
+    honest, desk.wire.put_join = desk.wire.put_join, _unanswered  # type: ignore[method-assign]
+    frame = frame_of(1)
+    with pytest.raises(RefusedError):
+        session_of(desk, "ada", opened).submit({"visits": frame})
+    kept = desk.members["ada"].state.joined(opened.paper.offer.session)
+    assert kept is not None
+
+    def ended(session: bytes, signed: bytes) -> pb.JoinReply:
+        return pb.JoinReply(code="conflict") if signed == kept.join_cose else honest(session, signed)
+
+    desk.wire.put_join = ended  # type: ignore[method-assign]
+    session_of(desk, "ada", opened).submit({"visits": frame})
+    ((_, signed),) = desk.wire.sent
+    assert payload(Join, signed).uploads == kept.join.uploads
+    state = desk.members["ada"].state
+    assert state.has_roster_key(payload(Join, signed).roster_key)
+    assert not state.has_roster_key(kept.join.roster_key)
+
+
+def test_a_conflict_of_a_new_join_is_told(desk: Desk) -> None:
+    desk.wire.put_join = lambda session, signed: pb.JoinReply(code="conflict")  # type: ignore[method-assign]
+    with pytest.raises(RefusedError) as caught:
+        session_of(desk, "ada", desk.wire.open()).submit({"visits": frame_of(1)})
+    assert caught.value.code == "conflict"
+
+
 def _unanswered(session: bytes, signed: bytes) -> pb.JoinReply:
     raise RefusedError("internal")
 
