@@ -16,7 +16,8 @@ import pytest
 from parley_protocol.cose import payload_unverified
 from parley_protocol.transcript import GENESIS, Countersignature, RecordBody
 from parley_protocol.v1 import coordinator_pb2 as pb
-from support.simulation.calls import Observed
+from support.enclave import until
+from support.simulation.calls import Observed, Rule
 from support.simulation.link import LinkRule
 from support.simulation.moments import MOMENTS, Killer
 from support.simulation.plan import PARTIES
@@ -116,6 +117,19 @@ def test_other_inputs_after_a_signed_roster_are_signed_by_hand_and_charged(stage
         expected = stage.oracle((0, 1, 0))
         released = next(line for line in theatre.log("ann") if line[0] == "released")
         assert [plain for *_, plain in released[3]] == [plain for *_, plain in expected.plaintexts]
+
+
+def test_a_member_gone_between_its_join_and_the_receipt_until_its_roster_has_lapsed(
+    stage: Stage, tmp_path: Path
+) -> None:
+    """Not the enclave but a member dies; its join stood in a roster that it never saw, and is refused ever after."""
+    with Theatre(stage, tmp_path / "p") as theatre:
+        theatre.calls.arm(Rule("answered", "PutJoin", "bob", act=lambda: theatre.end_member("bob")))
+        theatre.begin()
+        until(lambda: theatre.node.rows("SELECT 1 FROM rosters WHERE ended = 'lapsed'"), 60)
+        theatre.start_member("bob")
+        theatre.finish()
+        assert sessions_of(theatre) == [("released", "")]
 
 
 def test_an_enclave_whose_machine_is_silent_is_not_given_up(stage: Stage, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Theatre:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name in NAMES:
-            self._end_member(name)
+            self.end_member(name)
         self.calls.close()
         for node in self.nodes:
             node.kill()
@@ -212,14 +212,15 @@ class Theatre:
         """Whether all members hold all releases."""
         return all(self.done(name) for name in NAMES)
 
-    def _end_member(self, name: str) -> None:
+    def end_member(self, name: str) -> None:
+        """kill -9, for good."""
         if name in self.actors and self.alive(name):
             os.kill(self.actors[name], signal.SIGKILL)
             while self.alive(name):
                 time.sleep(0.005)
 
     def _restart_member(self, name: str, **options: Any) -> None:
-        self._end_member(name)
+        self.end_member(name)
         self._options[name] = options
         if not self.done(name):
             self.start_member(name)
@@ -404,7 +405,7 @@ class Theatre:
         """A user puts another version of its file in place, and starts again."""
         if name in self.changed or self.done(name):
             return False
-        self._end_member(name)
+        self.end_member(name)
         self.changed.add(name)
         self.by_hand.touch()
         self.bring(name, 1)
