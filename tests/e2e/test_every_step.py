@@ -1,6 +1,6 @@
 """kill -9 of every process at every step of SPEC at which something durable or shared changes (the table in `moments`).
 
-Members that are killed at theirs are in test_faults. `make faults` tries each step by itself, with each process; otherwise
+`make faults` tries each step by itself, with each process; otherwise
 plays go through some of them.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.simulation.moments import MOMENTS, TARGETS, Killer, Moment
+from support.simulation.moments import MEMBER_STEPS, MOMENTS, TARGETS, Killer, Moment
 from support.simulation.theatre import Stage, Theatre
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -64,3 +64,19 @@ def _named(*names: str) -> list[Moment]:
 )
 def test_killed_at_one_step(stage: Stage, tmp_path: Path, moment: Moment, target: str) -> None:
     killed(stage, tmp_path / "p", target, [moment])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[step] for *_, step in MEMBER_STEPS] if ALL else [[step for *_, step in MEMBER_STEPS]],
+    ids=lambda steps: "-".join(steps) if ALL else "all",
+)
+def test_a_member_killed_at_its_steps(stage: Stage, tmp_path: Path, steps: Sequence[str]) -> None:
+    with Theatre(stage, tmp_path / "p") as theatre:
+        left = theatre.dies_at("bob", *steps)
+        theatre.begin()
+        theatre.finish()
+        assert left.read_text() == ""
+        body = stage.oracle((0, 0, 0)).body.to_bytes().hex()
+        # Its log has no line where it died between the release and that line; the others' have.
+        assert {line[2] for line in theatre.log("ann") if line[0] == "released"} == {body}

@@ -27,14 +27,13 @@ from parley import transport
 from parley.connection import Connection
 from parley.member import Member
 from parley.session import Session, SessionStatus
-from parley.transport import Transport
 from parley_protocol.agreement.canonical import parse
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.bundle import Bundle
 from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import ParleyError, RefusedError, StateError
 from parley_protocol.transcript import Record
-from support.member import Outcome
+from support.member import Ledger, Outcome, Wire
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GLANCE_S: Final = 3.0
@@ -46,7 +45,7 @@ class Task:
     """What one member is to do: take part until it holds `rounds` releases.
 
     `opens`: it opens and starts sessions. `by_hand`: a file; where it is there, its user signs rosters with changed inputs.
-    `ahead_s`: how far its clock is ahead; `file_bytes`: the largest file that it may write, 0 for any. `patience_s`: how long its
+    `dies`: a file with steps, one a line: it kills itself at the first of them, and takes that out. `ahead_s`: how far its clock is ahead; `file_bytes`: the largest file that it may write, 0 for any. `patience_s`: how long its
     library repeats a call.
     """
 
@@ -60,6 +59,7 @@ class Task:
     by_hand: str
     rounds: int = 1
     opens: bool = False
+    dies: str = ""
     ahead_s: float = 0.0
     file_bytes: int = 0
     patience_s: float = 4.0
@@ -71,7 +71,7 @@ class Actor:
     def __init__(self, task: Task, say: Callable[..., None]) -> None:
         self._task = task
         self._say = say
-        self._member = Member.load(task.key)
+        self._member = Member.load(task.key, reached=self._reached)
         self._agreement: Agreement = parse(bytes.fromhex(task.agreement))
         self._party = task.name in self._agreement.parties
         self._released: dict[bytes, int] = {}
@@ -81,10 +81,12 @@ class Actor:
         """Until all releases are here."""
         while True:
             try:
-                wire = Transport(
+                wire = Wire(
                     self._task.address,
-                    self._member.identity,
+                    self._member,
                     Path(self._task.certificate).read_text(),
+                    self._reached,
+                    Ledger(),
                     patience_s=self._task.patience_s,
                 )
                 with Connection(self._member, wire) as connection:
@@ -100,6 +102,15 @@ class Actor:
                     raise
                 self._say("error", type(error).__name__, "file", str(error))
                 time.sleep(0.1)
+
+    def _reached(self, step: str) -> None:
+        if not self._task.dies:
+            return
+        path = Path(self._task.dies)
+        steps = path.read_text().split()
+        if steps[:1] == [step]:
+            path.write_text("\n".join(steps[1:]))
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _once(self, connection: Connection) -> bool:
         """One look around; whether all is done."""

@@ -68,6 +68,23 @@ MOMENTS: Final[Sequence[Moment]] = (
 )
 """Every moment, in the order of a session."""
 
+MEMBER_STEPS: Final[Sequence[tuple[str, str, str]]] = (
+    ("tab-8", "a sealed table stands in the spool", "uploading"),
+    ("crd-9", "a part of it has been sent", "chunk"),
+    ("crd-9", "all of it is stored", "uploaded"),
+    ("adm-6", "a one-time key stands, for no join", "roster-key"),
+    ("join-1", "the join stands, and is not sent", "join"),
+    ("crd-12", "the receipt has come, and does not stand", "joined"),
+    ("rcp-1", "the receipt stands", "receipt"),
+    ("cos-4", "a signature stands beside its one-time key", "roster-signature"),
+    ("cos-4", "the one-time key is gone, the signature is not sent", "roster-key-removed"),
+    ("crd-14", "the signature is sent", "signed"),
+    ("crd-19", "a part of the bundle has come", "fetching"),
+    ("crd-19", "all of it has come, and does not stand", "fetched"),
+    ("chn-2", "the head has moved, the bundle does not stand", "head"),
+)
+"""Steps of a member: of SPEC, what has changed, and what the library calls it."""
+
 TARGETS: Final = ("coordinator", "enclave", "machine", "module", "worker")
 """What is killed: the coordinator; the enclave; both, with all that belongs to them; the security module; a worker."""
 

@@ -142,6 +142,8 @@ class Theatre:
         self._later: list[_Later] = []
         self.changed: set[str] = set()
         self.forked = False
+        self.dying: dict[str, Path] = {}
+        """Members that kill themselves at the steps in a file, and are started again."""
 
     def __enter__(self) -> Self:
         self.calls.start()
@@ -190,6 +192,7 @@ class Theatre:
             rounds=self.rounds,
             opens=name == PARTIES[0],
             patience_s=self.patience_s,
+            dies=str(self.dying.get(name, "")),
             **self._options[name],
         )
         self.actors[name] = self.stage.nursery.bear(task)
@@ -225,6 +228,13 @@ class Theatre:
         if not self.done(name):
             self.start_member(name)
 
+    def dies_at(self, name: str, *steps: str) -> Path:
+        """Lets a member kill itself at each of some steps, one after the other; the file of those that are left."""
+        path = self.folder / f"{name}.dies"
+        path.write_text("\n".join(steps))
+        self.dying[name] = path
+        return path
+
     def bring(self, name: str, version: int) -> None:
         """Puts a version of a party's file where its user finds it."""
         folder = self.folder / name
@@ -254,7 +264,9 @@ class Theatre:
         while not self.over:
             self._tend()
             for name in NAMES:
-                if not self.alive(name) and not self.done(name):
+                if name in self.dying and not self.alive(name) and not self.done(name):
+                    self.start_member(name)
+                elif not self.alive(name) and not self.done(name):
                     self.invariants.check("at the end")
                     raise AssertionError(
                         f"ends: {name}'s process is gone before its releases are here: {self.log(name)[-1:]}"
