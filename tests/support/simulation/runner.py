@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ def fails(stage: Stage, folder: Path, plan: Plan, say: Callable[[str], None]) ->
                 theatre.play(plan)
             except AssertionError as error:
                 found.error = str(error) or repr(error)
+            except Exception:  # a seed that the witness itself does not understand is printed like any other
+                found.error = traceback.format_exc()
             for name in NAMES:
                 log = theatre.log(name)
                 found.codes.update(line[2] for line in log if line[0] == "error")
