@@ -489,7 +489,8 @@ class Theatre:
             self.calls.routes[name] = second.address
 
         def end() -> None:
-            survivor, other = (second, honest) if _longer(second, honest) else (honest, second)
+            # The honest one may have gone to another machine meanwhile.
+            survivor, other = (second, self.node) if _longer(second, self.node) else (self.node, second)
             self.node = survivor
             self.calls.default = survivor.address
             self.calls.routes.clear()
