@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from support.simulation.node import Node
     from support.simulation.theatre import Theatre
 
-AWAY: Final = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED")
-"""What a call without an answer ends with."""
+AWAY: Final = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "UNKNOWN")
+"""What a call without an answer ends with. A handler that fails ends with UNKNOWN too, and says so in the log."""
 EXPECTED: Final = frozenset(
     (
         "lost",
