@@ -3,6 +3,7 @@
 #   make demo     two joint computations on real data, every member its own process
 #   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
 #   make faults   the fault tests alone: 30 random moments, and each step by itself   (PARLEY_FAULTS=100 for more)
+#   make soak     random faults at real processes for as long as one likes             (SECONDS=600 SEED=7, PLAN='...' to replay)
 #   make check    lint, format, types, role boundaries, generated code
 #   make image    the enclave image, the same bytes on every machine, and what it is measured to be: build/image
 #   make qemu-test        boots that image in an emulator and runs a whole session in it
@@ -30,7 +31,7 @@ EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml",
 COMPILE = .cache/uv/bin/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links --only-binary :all: $(LOCK_FLAGS)
 
-.PHONY: demo test faults check image image-lock qemu-test qemu-nitro-test bench load protos locks clean venv format
+.PHONY: demo test faults soak check image image-lock qemu-test qemu-nitro-test bench load protos locks clean venv format
 
 demo: $(READY)
 	$(BIN)/parley demo flights
@@ -40,7 +41,11 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: $(READY)
-	PARLEY_FAULTS=$(or $(PARLEY_FAULTS),30) $(BIN)/python -m pytest tests/e2e/test_faults.py $(ARGS)
+	PARLEY_FAULTS=$(or $(PARLEY_FAULTS),30) $(BIN)/python -m pytest tests/e2e/test_faults.py tests/e2e/test_every_step.py $(ARGS)
+
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.simulation --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
+		$(if $(PLAN),--plan '$(PLAN)') $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

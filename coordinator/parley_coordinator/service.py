@@ -489,7 +489,7 @@ class Service(CoordinatorServicer):
         except ParleyError as error:
             log.info("unauthenticated", code=error.code)
             await _abort(context, error, authenticating=True)
-        if not await self._in(self._quick, self._known, key):
+        if not await self._run(context, self._quick, self._known, key):
             log.info("stranger", caller=log.who(key))
             await _abort(context, RefusedError("stranger"))
         return key

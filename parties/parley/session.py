@@ -497,6 +497,10 @@ class Session:
             self._leave_others(verified)
             joined = self._new_join(verified, uploads)
         reply = self._transport.put_join(self.id, joined.join_cose)
+        if reply.code == "conflict" and joined is known:
+            # It had arrived, and stood in a roster that has ended before this member had its receipt: its key is used up.
+            joined = self._new_join(verified, uploads)
+            reply = self._transport.put_join(self.id, joined.join_cose)
         if reply.code:
             raise RefusedError.from_wire(reply.code, f"the enclave refused: {reply.code}")
         receipt = verify_receipt(reply.receipt, verified.offer.offer, joined.join)
@@ -529,7 +533,15 @@ class Session:
     def _leave_others(self, verified: _Verified) -> None:
         """Learns which other sessions under this head are lost; the state refuses the join while one is not (F2)."""
         for other in self._state.others(self.agreement.series, verified.chain.head, self.id):
-            if self._transport.get_session(other.session).phase == "lost":
+            try:
+                phase = self._transport.get_session(other.session).phase
+            except RefusedError as error:
+                # A coordinator whose store was restored from a backup knows no such session. That is no more than its word, as
+                # "lost" is; with the one-time key goes what this member could still sign there.
+                if error.code != "unknown-session":
+                    raise
+                phase = "lost"
+            if phase == "lost":
                 self._state.see(other.session, View.LOST)
 
     def _new_join(self, verified: _Verified, uploads: tuple[bytes, ...]) -> Joined:

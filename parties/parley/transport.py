@@ -54,7 +54,13 @@ _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
 _CROWDED: Final = "Concurrent RPC limit"
 """How gRPC's server says that it has as many calls as it may; it gives no other sign."""
-_AWAY: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_AWAY: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+)
+"""Without a code of this house: nobody has answered. UNKNOWN is what a stream may end with whose server was killed."""
 
 
 class Transport:

@@ -103,6 +103,8 @@ class PaperWire:
         return pb.InboxReply()
 
     def get_session(self, session: bytes) -> pb.SessionState:
+        if session not in self.sessions:
+            raise RefusedError("unknown-session")
         found = self.sessions[session]
         parties = [
             pb.PartyState(party=party, phase="refused", code=found.refused[party])

@@ -194,6 +194,19 @@ def test_two_enclaves_under_one_head_are_not_both_fed(desk: Desk) -> None:
     assert before.roster_key != after.roster_key
 
 
+def test_a_session_that_the_coordinator_does_not_know_any_more_is_lost(desk: Desk) -> None:
+    """Its store was restored from a backup: whoever had joined would otherwise join nothing ever again."""
+    first, second = desk.wire.open(), desk.wire.open()
+    session_of(desk, "ada", first).submit({"visits": frame_of(1)})
+    del desk.wire.sessions[first.paper.offer.session]
+    session_of(desk, "ada", second).join()
+    before = payload(Join, desk.wire.sent[0][1])
+    assert not desk.members["ada"].state.has_roster_key(before.roster_key)
+    joined = desk.members["ada"].state.joined(first.paper.offer.session)
+    assert joined is not None
+    assert joined.view == "lost"
+
+
 @pytest.mark.parametrize("field", ["join", "uploads", "party", "offer"])
 def test_a_receipt_for_something_else_is_no_receipt(desk: Desk, field: str) -> None:
     opened = desk.wire.open()
@@ -229,6 +242,35 @@ def test_a_join_that_got_no_answer_is_sent_again_as_it_is(desk: Desk) -> None:
     session_of(desk, "ada", opened).submit({"visits": frame})
     session_of(desk, "ada", opened).submit({"visits": frame})
     assert [signed for _, signed in desk.wire.sent] == [kept.join_cose]
+
+
+def test_a_join_whose_key_was_used_up_before_it_was_answered_is_made_anew(desk: Desk) -> None:
+    """It stood in a roster that has ended, and this member has no receipt of it: the same join is refused for good."""
+    opened = desk.wire.open()
+    honest, desk.wire.put_join = desk.wire.put_join, _unanswered  # type: ignore[method-assign]
+    frame = frame_of(1)
+    with pytest.raises(RefusedError):
+        session_of(desk, "ada", opened).submit({"visits": frame})
+    kept = desk.members["ada"].state.joined(opened.paper.offer.session)
+    assert kept is not None
+
+    def ended(session: bytes, signed: bytes) -> pb.JoinReply:
+        return pb.JoinReply(code="conflict") if signed == kept.join_cose else honest(session, signed)
+
+    desk.wire.put_join = ended  # type: ignore[method-assign]
+    session_of(desk, "ada", opened).submit({"visits": frame})
+    ((_, signed),) = desk.wire.sent
+    assert payload(Join, signed).uploads == kept.join.uploads
+    state = desk.members["ada"].state
+    assert state.has_roster_key(payload(Join, signed).roster_key)
+    assert not state.has_roster_key(kept.join.roster_key)
+
+
+def test_a_conflict_of_a_new_join_is_told(desk: Desk) -> None:
+    desk.wire.put_join = lambda session, signed: pb.JoinReply(code="conflict")  # type: ignore[method-assign]
+    with pytest.raises(RefusedError) as caught:
+        session_of(desk, "ada", desk.wire.open()).submit({"visits": frame_of(1)})
+    assert caught.value.code == "conflict"
 
 
 def _unanswered(session: bytes, signed: bytes) -> pb.JoinReply:

@@ -169,8 +169,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "file"
     write_file(path, b"old")
     monkeypatch.setattr("parley.disk.os.fsync", _fails)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as full:
         write_file(path, b"new")
+    assert full.value.filename == str(path)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,21 @@ def test_the_command_line_names_what_is_wrong(tmp_path: Path, capsys: pytest.Cap
     assert f"{MEMBERS['ann'].public.signing.hex()}  ann" in capsys.readouterr().out
     assert main(["operators", "remove", str(tmp_path / "ann.pub"), "--dir", str(tmp_path)]) == 0
     assert main(["operators", "add", str(tmp_path / "tls.key"), "--dir", str(tmp_path)]) == 2
+
+
+def test_crd_21_a_store_that_fails_before_the_caller_is_known_has_a_code_too(tmp_path: Path) -> None:
+    with Coordinator(tmp_path / "c", [sys.executable, "-c", "raise SystemExit(1)"]) as made:
+        made.operators(MEMBERS["ann"])
+        made.start()
+        ann = made.client(MEMBERS["ann"])
+        assert ann.inbox() == []
+        with closing(sqlite3.connect(made.folder / "coordinator.db")) as connection:
+            connection.execute("DROP TABLE operators")
+            connection.commit()
+        for call in (
+            ann.inbox,
+            lambda: ann.bundle(b"s" * 16),
+            lambda: list(ann.stub.Watch(pb.WatchRequest(), metadata=ann.metadata())),
+        ):
+            with refused("internal"):
+                call()

@@ -1,0 +1,42 @@
+"""Plays of the randomised fault simulation that once found something; `make soak` plays new ones for as long as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.simulation.plan import Plan
+from support.simulation.runner import fails
+from support.simulation.theatre import Stage
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+SEEDS: Final = Path(__file__).with_name("soak_seeds.txt")
+
+
+def regressions() -> list[Plan]:
+    """The plans in the file of seeds."""
+    return [Plan.parse(line) for line in SEEDS.read_text().splitlines() if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    made = Stage(tmp_path_factory.mktemp("s"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("plan", regressions(), ids=lambda plan: f"{plan.seed}-{plan.numbers}")
+def test_a_seed_that_once_failed(stage: Stage, tmp_path: Path, plan: Plan) -> None:
+    found = fails(stage, tmp_path / "p", plan, print)
+    assert not found.error
+    assert found.releases >= 4 * plan.rounds
+
+
+def test_a_plan_is_the_same_for_the_same_seed() -> None:
+    assert Plan.of(7) == Plan.of(7)
+    assert Plan.of(7) != Plan.of(8)
+    assert Plan.parse(Plan.of(7).to_json()) == Plan.of(7)
