@@ -142,6 +142,7 @@ class Theatre:
         self._later: list[_Later] = []
         self.changed: set[str] = set()
         self.forked = False
+        self._ended = False
         self.dying: dict[str, Path] = {}
         """Members that kill themselves at the steps in a file, and are started again."""
 
@@ -154,6 +155,7 @@ class Theatre:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended = True  # what a wire still does to a process starts none again
         for name in NAMES:
             self.end_member(name)
         self.calls.close()
@@ -325,6 +327,8 @@ class Theatre:
         return bool(work(*step.arguments))
 
     def _start_node(self, node: Node) -> None:
+        if self._ended:
+            return
         node.start()
         if node is self.node:
             self.calls.default = node.address
