@@ -22,6 +22,10 @@ ADDRESSINGS: Final = ("auto", "path", "virtual")
 S3_SCHEME: Final = "s3://"
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_ACCOUNT: Final = re.compile(r"[0-9]{12}")
+_ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}")
+_SESSION_NAME: Final = re.compile(r"[\w+=,.@-]{2,64}")
+_URL: Final = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,253}/?")
 
 
 class ConfigError(Exception):
@@ -137,6 +141,31 @@ class Telemetry:
 
 
 @dataclass(frozen=True, slots=True)
+class KmsAccount:
+    """How the keys of one account are asked for: by an assumed `role`, with its `external_id` where the account's owner wants
+    one, or the `profile` of a configuration file; by neither with what the machine has. `endpoint` in place of AWS's."""
+
+    role: str = ""
+    external_id: str = ""
+    profile: str = ""
+    endpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KmsConfig:
+    """How KMS is asked. Endpoints in place of AWS's: of a VPC, or of an emulator. `session` names the sessions of assumed
+    roles in the accounts' logs. A call has `attempts`, with a pause that grows and is random, up to 20 s."""
+
+    endpoint: str = ""
+    sts_endpoint: str = ""
+    session: str = "parley-coordinator"
+    connect_s: float = 5.0
+    read_s: float = 10.0
+    attempts: int = 4
+    accounts: Mapping[str, KmsAccount] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All that a coordinator needs to start. Times in seconds, sizes in bytes."""
 
@@ -157,6 +186,7 @@ class Config:
     keep: Keep = Keep()
     quotas: Quotas = Quotas()
     deadlines: Deadlines = Deadlines()
+    kms: KmsConfig = KmsConfig()
     grace_s: float = 10.0
     rpcs: int = 4096
     connections: int = 2048
@@ -196,6 +226,7 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
     tls, store, launcher = top.section("tls"), top.section("store"), top.section("launcher")
     local, qemu, nitro = launcher.section("local"), launcher.section("qemu"), launcher.section("nitro")
     quota, deadlines, log = top.section("quota"), top.section("deadline"), top.section("log")
+    kms = top.section("kms")
     telemetry = top.section("telemetry")
     bucket, keep, cluster = store.section("s3"), store.section("keep"), top.section("cluster")
     place = store.text("blobs", "blobs")
@@ -246,6 +277,7 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
             deadlines.seconds("request_s", standard[1].request_s),
             deadlines.seconds("idle_s", standard[1].idle_s),
         ),
+        kms=_kms(kms),
         log_level=log.choice("level", "info", LEVELS),
     )
     for section in (
@@ -262,6 +294,7 @@ def from_tree(tree: Mapping[str, Any], folder: Path) -> Config:
         nitro,
         quota,
         deadlines,
+        kms,
         log,
     ):
         section.finish()
@@ -331,6 +364,35 @@ def _s3(place: str, section: _Section) -> S3 | None:
     return replace(found, bucket=bucket, prefix=prefix and prefix.rstrip("/") + "/")
 
 
+def _kms(section: _Section) -> KmsConfig:
+    standard = KmsConfig()
+    accounts = {}
+    for name, account in section.sections("account").items():
+        if not _ACCOUNT.fullmatch(name):
+            raise ConfigError(f"kms.account.{name}: not the 12 digits of an account")
+        made = KmsAccount(
+            role=account.matching("role", "", _ROLE),
+            external_id=account.optional("external_id"),
+            profile=account.optional("profile"),
+            endpoint=account.matching("endpoint", "", _URL),
+        )
+        if made.role and made.profile:
+            raise ConfigError(f"kms.account.{name}.profile: either a role or a profile")
+        if made.external_id and not made.role:
+            raise ConfigError(f"kms.account.{name}.external_id: goes with a role")
+        account.finish()
+        accounts[name] = made
+    return KmsConfig(
+        endpoint=section.matching("endpoint", "", _URL),
+        sts_endpoint=section.matching("sts_endpoint", "", _URL),
+        session=section.matching("session", standard.session, _SESSION_NAME),
+        connect_s=section.seconds("connect_s", standard.connect_s),
+        read_s=section.seconds("read_s", standard.read_s),
+        attempts=section.integer("attempts", standard.attempts, 1),
+        accounts=accounts,
+    )
+
+
 def _database(text: str, folder: Path) -> str:
     return text if "://" in text else f"sqlite:///{folder / text}"
 
@@ -347,6 +409,20 @@ class _Section:
     def section(self, name: str) -> _Section:
         return _Section(self._left.pop(name, {}), self._field(name))
 
+    def sections(self, name: str) -> dict[str, _Section]:
+        """The tables in a table, by names that the writer chose."""
+        found = self._left.pop(name, {})
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{self._field(name)}: not a table")
+        return {key: _Section(value, f"{self._field(name)}.{key}") for key, value in found.items()}
+
+    def optional(self, name: str) -> str:
+        """A text that may be left out or empty."""
+        value = self._left.pop(name, "")
+        if not isinstance(value, str):
+            raise ConfigError(f"{self._field(name)}: not a text")
+        return value
+
     def text(self, name: str, default: str, *, empty: bool = False) -> str:
         value = self._left.pop(name, default)
         if not isinstance(value, str) or not (value or empty):
@@ -360,8 +436,8 @@ class _Section:
         return tuple(value)
 
     def matching(self, name: str, default: str, pattern: re.Pattern[str]) -> str:
-        value = self.text(name, default)
-        if not pattern.fullmatch(value):
+        value = self.text(name, default) if default else self.optional(name)
+        if (value or default) and not pattern.fullmatch(value):
             raise ConfigError(f"{self._field(name)}: {value!r} does not match {pattern.pattern}")
         return value
 
@@ -489,6 +565,18 @@ root = "root"                   # folder of the local root that certifies the si
 [telemetry]
 # metrics = ""                  # address:port at which Prometheus may ask; left out: nowhere
 # otlp = ""                     # http://HOST:PORT of an OpenTelemetry collector; needs the extra `telemetry`
+
+[kms]                           # for agreements whose parties keep their keys under KMS
+# endpoint = ""                 # https://... in place of AWS's: of a VPC, or of an emulator
+# sts_endpoint = ""
+# session = "parley-coordinator"   # names the sessions of assumed roles in the accounts' logs
+# connect_s = 5.0
+# read_s = 10.0
+# attempts = 4                  # of one call, with pauses that grow and are random
+#
+# [kms.account.111122223333]    # how the keys of this account are asked for; left out: with what the machine has.
+#                               # Its fields, all texts: `role` (an ARN, which is assumed) with `external_id`, or
+#                               # `profile` (of AWS's configuration file); `endpoint`
 
 [log]
 level = "info"                  # debug | info | warning | error

@@ -7,9 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import socket
-import sqlite3
 import ssl
 import stat
 import tempfile
@@ -20,23 +18,27 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
 
 from parley_coordinator import tls
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_host import SOON, host
+from parley_coordinator.doctor_store import UNANSWERED, bucket, database, row
 from parley_coordinator.doctor_system import Check, System, Verdict, fail, ok, skip, warn
 
-LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "cryptography")
+LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "alembic", "cryptography")
 YEARS: Final = range(2026, 2100)
 """A clock outside of these is not set."""
 FREE_BYTES: Final = 1 << 30
-"""With less the next upload fails."""
+"""With less the next upload may fail."""
+ROOM_BYTES: Final = 4 << 30
+"""With less nobody should begin, whatever is stored so far."""
 FILES: Final = 1024
 """Open files beside those of the calls: tables that enclaves read, the database, the log."""
 _PROBE_S: Final = 3.0
-_SQLITE: Final = "sqlite:///"
+_UPLOADS: Final = (
+    "SELECT coalesce(sum(CASE WHEN complete_ms IS NULL THEN size - stored ELSE 0 END), 0), coalesce(max(size), 0)"
+    " FROM uploads"
+)
 
 
 def examine(config: Config, system: System) -> list[Check]:
@@ -46,6 +48,7 @@ def examine(config: Config, system: System) -> list[Check]:
         clock(system),
         *host(config, system),
         *storage(config),
+        *(() if config.s3 else (space(config, system),)),
         database(config),
         key(config, system),
         certificate(config, system),
@@ -101,23 +104,30 @@ def clock(system: System) -> Check:
 
 
 def storage(config: Config) -> list[Check]:
-    """The folders: written, synced, private, with room."""
-    checks = []
-    folders = dict.fromkeys((config.folder, config.blobs))
+    """The folders: written, synced, private; or the bucket."""
+    checks: list[Check] = []
+    folders = dict.fromkeys((config.folder, config.blobs) if config.s3 is None else (config.folder,))
     for folder in folders:
         name = "blobs" if folder == config.blobs else "folder"
         checks += [_writable(name, folder), *_private(name, folder)]
-    place = _there(config.blobs)
-    free = shutil.disk_usage(place).free
-    quota = config.quotas.bytes_per_member
-    said = f"{_size(free)} free; one member may take {_size(quota)}"
-    if free < FREE_BYTES:
-        checks.append(fail("space", said, "make room, or give the store a larger disk"))
-    elif free < quota:
-        checks.append(warn("space", said, "lower quota.bytes_per_member, or give the store a larger disk"))
-    else:
-        checks.append(ok("space", said))
+    if config.s3 is not None:
+        checks += bucket(config.s3)
     return checks
+
+
+def space(config: Config, system: System) -> Check:
+    """Room for the uploads that are begun, and for one more of the largest table: whoever replaces it uploads it anew."""
+    free = system.free(_there(config.blobs))
+    try:
+        missing, largest = row(config, _UPLOADS)
+    except UNANSWERED:
+        # None has been made yet; where it is there and cannot be read, the next check says why.
+        missing, largest = 0, 0
+    said = f"{_size(free)} free; uploads that are begun lack {_size(missing)}, the largest one has {_size(largest)}"
+    do = "make room, or give the store a larger disk"
+    if free < FREE_BYTES:
+        return fail("space", said, do)
+    return warn("space", said, do) if free < max(ROOM_BYTES, missing + largest) else ok("space", said)
 
 
 def _writable(name: str, folder: Path) -> Check:
@@ -136,39 +146,6 @@ def _private(name: str, folder: Path) -> Iterator[Check]:
     if folder.is_dir() and folder.stat().st_mode & 0o077:
         mode = stat.S_IMODE(folder.stat().st_mode)
         yield warn(f"{name}-mode", f"{folder} has mode {mode:04o}: others may look into it", f"chmod 700 {folder}")
-
-
-def database(config: Config) -> Check:
-    """The database answers; one that is not there yet is made at the start."""
-    if config.database.startswith(_SQLITE):
-        path = Path(config.database.removeprefix(_SQLITE))
-        if not path.exists():
-            return ok("database", f"{path} will be made")
-        # Without a log nobody has it open; then it is read without making one, which might belong to another user.
-        mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
-        try:
-            connection = sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=_PROBE_S)
-            try:
-                tables = connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0]
-            finally:
-                connection.close()
-        except sqlite3.Error as error:
-            return fail("database", f"{path}: {error}", "restore it from a backup, or let the user read it")
-        return ok("database", f"{path} opens, {tables} tables")
-    engine = None
-    try:
-        engine = create_engine(config.database)
-        with engine.connect() as opened:
-            opened.execute(text("SELECT 1"))
-    except (SQLAlchemyError, ImportError) as error:
-        # The URL holds a password, and the message may hold the URL.
-        return fail(
-            "database", f"{type(error).__name__} at the URL in store.database", "look at the server and the URL"
-        )
-    finally:
-        if engine is not None:
-            engine.dispose()
-    return ok("database", f"{engine.dialect.name} answers")
 
 
 def key(config: Config, system: System) -> Check:

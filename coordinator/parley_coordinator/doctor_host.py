@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pwd
 import re
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Final
 
 from parley_coordinator.config import Config, Local, Nitro
 from parley_coordinator.doctor_system import Check, System, fail, ok, skip, warn
+from parley_coordinator.nitro import entries
 from parley_coordinator.nitro_cli import NitroCli, NitroError
 from parley_protocol import measurement
 from parley_protocol.errors import MalformedError
@@ -53,6 +55,7 @@ def nitro_host(config: Nitro, enclaves: int, system: System) -> list[Check]:
         cpus(config, system),
         nitro_cli(config),
         vsock(system),
+        owner(config, system),
     ]
 
 
@@ -212,6 +215,31 @@ def vsock(system: System) -> Check:
     if cid != PARENT_CID:
         return fail("vsock", f"CID {cid}; a parent instance has {PARENT_CID}", "run on a Nitro parent instance")
     return ok("vsock", f"CID {cid}")
+
+
+def owner(config: Nitro, system: System) -> Check:
+    """This user is the one whose enclaves they are: nitro-cli lets nobody but their owner and root end them."""
+    sockets = [
+        system.path(f"/run/nitro_enclaves/{entry.id.rpartition('-enc')[2]}.sock")
+        for entry in entries(config.folder).values()
+        if entry.id
+    ]
+    found = {system.owner(path) for path in (config.folder, *sockets)} - {None}
+    owners = ", ".join(sorted(_user(number) for number in found if number is not None))
+    if system.user and found - {system.user}:
+        said = f"launcher.nitro.folder and its enclaves belong to {owners}; this is {_user(system.user)}"
+        do = f"run the coordinator, and this, as {owners}: nitro-cli lets only an enclave's owner and root end it"
+        return fail("owner", said, do)
+    return ok(
+        "owner", f"the enclaves belong to {owners}" if owners else f"enclaves will belong to {_user(system.user)}"
+    )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def image(path: Path | None, kind: str, config: Config, system: System) -> list[Check]:

@@ -90,6 +90,19 @@ def local_cid(device: Path) -> int | None:
     return int.from_bytes(buffer, "little" if struct.pack("=H", 1)[0] else "big")
 
 
+def free(folder: Path) -> int:
+    """Bytes that this user may still write where a folder is."""
+    return shutil.disk_usage(folder).free
+
+
+def owner(path: Path) -> int | None:
+    """The number of the user whom a file belongs to; None where it is not there, or not to be seen."""
+    try:
+        return path.stat().st_uid
+    except OSError:
+        return None
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -106,6 +119,8 @@ class System:
     local_cid: Callable[[Path], int | None] = local_cid
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     access: Callable[[Path, int], bool] = os.access
+    owner: Callable[[Path], int | None] = owner
+    free: Callable[[Path], int] = free
     user: int = field(default_factory=os.geteuid)
     files: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 

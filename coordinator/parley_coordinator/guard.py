@@ -1,5 +1,5 @@
 """What stands before every method: who calls is known before anything is received, a request arrives in time, no caller has
-too many calls under way. And what is told of a call when it has ended.
+too many calls under way (crd-23). And what is told of a call when it has ended.
 
 gRPC itself waits for a request as long as it takes, and a connection may begin calls without sending any.
 """

@@ -6,6 +6,7 @@ otherwise show only when the members refuse the enclave.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Images:
     def measure(self, path: Path) -> measurement.Image:
         """The image in a file; OSError where it cannot be read, MalformedError where it is none."""
         with self._lock, path.open("rb") as file:
-            status = path.stat()
+            status = os.fstat(file.fileno())
             state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             known = self._known.get(path)
             if known is not None and known[0] == state:

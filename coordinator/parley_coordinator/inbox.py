@@ -16,6 +16,7 @@ from parley_coordinator.models import (
     CountersignatureRow,
     FetchRow,
     JoinRow,
+    KmsJoinRow,
     Membership,
     RosterRow,
     SessionRow,
@@ -190,6 +191,11 @@ def _admitted(session: Session, running: SessionRow) -> dict[str, int]:
 def _join(session: Session, running: SessionRow, agreement: Agreement, name: str) -> list[Item]:
     if running.phase != "open" or name not in agreement.parties or name in _admitted(session, running):
         return []
+    kms = session.get(KmsJoinRow, (agreement.digest, name))
+    if kms is not None:
+        tried = session.get(JoinRow, (running.number, kms.digest))
+        if tried is None or not tried.code:
+            return []  # it joins without the party
     return [
         Item(
             InboxItem.KIND_JOIN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -20,14 +21,19 @@ from parley_coordinator import log, relay
 from parley_coordinator.clock import now_ms
 from parley_coordinator.config import ConfigError, Local
 from parley_coordinator.images import Images, Wanted
-from parley_coordinator.node import exclusive
+from parley_coordinator.node import exclusive, held, is_held
 from parley_protocol.errors import UnavailableError
 
 SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux."""
+STARTING_FILE: Final = "starting"
+"""In the folder of an enclave, locked as long as a coordinator starts it."""
 RETRY_MS: Final = 30_000
 """When to ask again, where an enclave did not start or none is free."""
 STOP_S: Final = 5.0
+LOCK_S: Final = 60.0
+"""How long another coordinator may look at the folder, and end what is there."""
+_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,9 @@ class LocalLauncher:
     def __init__(self, config: Local, most: int) -> None:
         self._config = config
         self._most = most
+        # Held while folders are counted, made and removed; never while an enclave starts.
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._images = Images(now_ms)
         longest = len(os.fsencode(config.folder / "00000000" / "enclave.sock"))
         if longest > SOCKET_PATH_BYTES:
@@ -89,23 +97,29 @@ class LocalLauncher:
     def launch(self, wanted: Wanted) -> EnclaveHandle:
         if self._config.image is not None:
             self._images.check(self._config.image, f"{self._config.section}.image", wanted)
+        with contextlib.ExitStack() as stack:
+            return self._launch(wanted, stack)
+
+    def _launch(self, wanted: Wanted, stack: contextlib.ExitStack) -> EnclaveHandle:
         with self._alone():
-            if len(self._alive()) >= self._most:
+            found, starting = self._look()
+            if len(found) + starting >= self._most:
                 raise no_capacity(self._most)
             folder = self._config.folder / secrets.token_hex(4)
             folder.mkdir(mode=0o700)
             (folder / "handle.json").write_text(json.dumps({"agreement": wanted.digest.hex()}), encoding="utf-8")
-            handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
-            try:
-                self._start(folder, wanted.digest)
-            except BaseException:
-                self._stop(handle)
-                raise
-            return handle
+            stack.enter_context(held(folder / STARTING_FILE))
+        handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
+        try:
+            self._start(folder, wanted.digest)
+        except BaseException:
+            self._stop(handle)
+            raise
+        return handle
 
     def find(self) -> list[EnclaveHandle]:
         with self._alone():
-            return self._alive()
+            return self._look()[0]
 
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)
@@ -117,37 +131,54 @@ class LocalLauncher:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """In this process and, where several coordinators share the folder, among them."""
-        with self._lock, exclusive(self._config.folder, 2 * self._config.start_s):
+        with self._lock, exclusive(self._config.folder, LOCK_S):
             yield
 
     def close(self) -> None:
-        """Nothing: a launch has its time from the configuration, and is not given up halfway."""
+        self._closing.set()
 
     def _start(self, folder: Path, agreement: bytes) -> None:
         command = [*self._config.command, "--dir", str(folder), "--agreement-hint", agreement.hex()]
         with (folder / "launch.log").open("ab") as output:
             try:
                 # A session of its own: a signal to the coordinator's terminal is none to the enclave.
-                result = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    timeout=self._config.start_s,
-                    check=False,
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )
+                code = self._wait(process)
             except (OSError, subprocess.TimeoutExpired) as error:
                 log.warning("launch-failed", enclave=folder.name, error=type(error).__name__)
                 raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS) from error
-        if result.returncode != 0 or not _listens(folder):
+        if code != 0 or not _listens(folder):
             tail = (folder / "launch.log").read_text(encoding="utf-8", errors="replace")[-500:]
-            log.warning("launch-failed", enclave=folder.name, code=result.returncode, said=tail)
+            log.warning("launch-failed", enclave=folder.name, code=code, said=tail)
             raise UnavailableError("the enclave did not start", retry_after_ms=RETRY_MS)
 
-    def _alive(self) -> list[EnclaveHandle]:
-        found = []
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Its exit code. It is killed where its time is over (TimeoutExpired) or the launcher closes (UnavailableError)."""
+        end = time.monotonic() + self._config.start_s
+        with process:
+            try:
+                while (code := process.poll()) is None:
+                    if self._closing.wait(_POLL_S):
+                        raise UnavailableError("the coordinator is stopping")
+                    if time.monotonic() > end:
+                        raise subprocess.TimeoutExpired(process.args, self._config.start_s)
+            except BaseException:
+                # What it has detached from this group has its pid files, if it is there yet; without a folder it ends.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return code
+
+    def _look(self) -> tuple[list[EnclaveHandle], int]:
+        """The enclaves that are alive, and how many are being started: each takes a place, and what does not answer yet has
+        not ended, whichever coordinator starts it."""
+        found, starting = [], 0
         for folder in sorted(path for path in self._config.folder.iterdir() if path.is_dir()):
+            if is_held(folder / STARTING_FILE):
+                starting += 1
+                continue
             try:
                 agreement = bytes.fromhex(json.loads((folder / "handle.json").read_text(encoding="utf-8"))["agreement"])
             except (OSError, ValueError, KeyError, TypeError):
@@ -158,7 +189,7 @@ class LocalLauncher:
                 found.append(handle)
             else:
                 self._stop(handle)
-        return found
+        return found, starting
 
     def _stop(self, handle: EnclaveHandle) -> None:
         folder = self._config.folder / handle.id

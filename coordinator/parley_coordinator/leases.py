@@ -2,7 +2,7 @@
 
 A lease has a holder, a time by the database's clock, and a token that grows with every holder. A holder that was stopped for
 longer than its time may wake up in the middle of anything; so each transaction that changes a session looks at the token
-first, and holds the lock of all writers until its end.
+first, and holds the lock of all writers until its end (crd-22).
 """
 
 from __future__ import annotations

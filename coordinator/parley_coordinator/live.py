@@ -7,6 +7,7 @@ roster, a finished computation or a lost enclave is noticed without a caller.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from parley_coordinator.agreements import parsed, signed
 from parley_coordinator.blobs import BlobReader, BlobStore, bundle_name, upload_name
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Deadlines
+from parley_coordinator.kms import Keys
 from parley_coordinator.launcher import EnclaveHandle, Launcher
 from parley_coordinator.leases import Lease, Leases
 from parley_coordinator.models import (
@@ -32,6 +34,7 @@ from parley_coordinator.models import (
     BundleRow,
     CountersignatureRow,
     JoinRow,
+    KmsJoinRow,
     RecordRow,
     RefusalRow,
     RosterRow,
@@ -51,7 +54,17 @@ from parley_protocol.claims import (
 from parley_protocol.cose import payload_unverified
 from parley_protocol.encoding import sha384
 from parley_protocol.errors import MalformedError, ParleyError, RefusedError, UnavailableError
-from parley_protocol.transcript import Countersignature, Join, Offer, Record, Roster
+from parley_protocol.transcript import (
+    AnyJoin,
+    Countersignature,
+    Join,
+    KmsJoin,
+    Offer,
+    Record,
+    Roster,
+    kms_context,
+    read_join,
+)
 from parley_protocol.v1 import coordinator_pb2, enclave_pb2
 
 ADMISSION: Final = frozenset(
@@ -65,6 +78,9 @@ PROGRESS_STEP: Final = 10
 CONSENT_WAIT_S: Final = 2.0
 """How long the last countersignature waits for the enclave to say no."""
 RETRY_S: Final = 0.5
+KMS_PAUSE_S: Final = 2.0
+"""Before KMS is asked again for the same join, at first; it doubles."""
+KMS_PAUSE_MOST_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,8 @@ class World:
     deadlines: Deadlines
     clock: Clock
     leases: Leases
+    kms: Keys | None = None
+    """None where nobody asks KMS: then joins by KMS wait."""
 
 
 class Live:
@@ -105,6 +123,8 @@ class Live:
         self._closing = False
         self._channel = relay.Channel(handle.address)
         self._joining: dict[bytes, Future[tuple[bytes, str]]] = {}
+        # When KMS is asked again, by the monotonic clock, and after how many times in vain.
+        self._kms_later: dict[bytes, tuple[float, int]] = {}
         self._follower: threading.Thread | None = None
         self.percent = 0
         with world.store.read() as session:
@@ -283,6 +303,7 @@ class Live:
                 return
             self._keep_joins(set(state.joined))
             self._relay_joins()
+            self._ask_kms()
         else:
             if state.roster:
                 self._rostered(state.roster)
@@ -398,7 +419,88 @@ class Live:
             return UnavailableError("the coordinator is stopping; what was sent is stored")
         return RefusedError("lost")
 
-    def _judged(self, join: Join, cose: bytes, receipt: bytes, code: str) -> tuple[bytes, str]:
+    # Joins by KMS
+
+    def _ask_kms(self) -> None:
+        """Begins each KMS join that stands and was not tried in this session, in a thread of its own (kms-13)."""
+        if not self._agreement.kms or self._world.kms is None:
+            return
+        with self._world.store.read() as session:
+            rows = [
+                row
+                for row in session.scalars(select(KmsJoinRow).where(KmsJoinRow.agreement == self._agreement.digest))
+                if row.digest not in self._joining and self._kms_wanted(session, row)
+            ]
+        now = time.monotonic()
+        for row in rows:
+            if self._kms_later.get(row.digest, (0.0, 0))[0] > now:
+                continue
+            self._joining[row.digest] = Future()
+            join = KmsJoin.from_bytes(payload_unverified(row.cose))
+            threading.Thread(
+                target=self._join_by_kms, args=(join, row.cose), name=f"kms-{self._number}", daemon=True
+            ).start()
+
+    def _kms_wanted(self, session: Session, row: KmsJoinRow) -> bool:
+        """Not where it was judged already, nor where the party has joined this session itself."""
+        ours = session.scalars(select(JoinRow).where(JoinRow.number == self._number, JoinRow.party == row.party))
+        return all(join.digest != row.digest and (join.code != "" or is_kms(join.cose)) for join in ours)
+
+    def _join_by_kms(self, join: KmsJoin, cose: bytes) -> None:
+        outcome = self._joining[join.digest]
+        try:
+            outcome.set_result(self._judge_by_kms(join, cose))
+            self._kms_later.pop(join.digest, None)
+        except (UnavailableError, RefusedError, MalformedError) as error:
+            outcome.set_exception(error)
+            log.warning("kms-join-waits", session=log.short(self._session), code=error.code)
+            self._kms_again(join, getattr(error, "retry_after_ms", None))
+        except Exception as error:  # noqa: BLE001  # a thread that dies silently would leave the join under way for ever
+            outcome.set_exception(error)
+            log.fault("kms-join-failed", session=log.short(self._session))
+            self._kms_again(join, None)
+        finally:
+            with self._lock:
+                self._joining.pop(join.digest, None)
+
+    def _kms_again(self, join: KmsJoin, after_ms: int | None) -> None:
+        _, times = self._kms_later.get(join.digest, (0.0, 0))
+        pause = max((after_ms or 0) / 1000, min(KMS_PAUSE_S * 2**times, KMS_PAUSE_MOST_S))
+        # Sessions that KMS throttled together do not come again together.
+        pause *= 1 + secrets.randbelow(1000) / 2000
+        self._kms_later[join.digest] = (time.monotonic() + pause, min(times + 1, 16))
+
+    def _judge_by_kms(self, join: KmsJoin, cose: bytes) -> tuple[bytes, str]:
+        assert self._world.kms is not None
+        with self._world.store.read() as session:
+            uploads = [enclave_pb2.SignedUpload(cose=row.cose, blob=row.number) for row in self._uploads(session, join)]
+        told = _Steps(lambda percent: self._progress(join.party, percent))
+        try:
+            asked = self._ask(
+                enclave_pb2.Ask(recipient=enclave_pb2.Recipient(session=self._session, cose=cose, uploads=uploads))
+            )
+            if asked.WhichOneof("op") == "joined":
+                return self._judged(join, cose, asked.joined.receipt, "")
+            answer = self._world.kms.decrypt(
+                self._agreement.kms[join.party],
+                join.ciphertext,
+                kms_context(join.agreement, join.party, join.uploads),
+                asked.recipient.document,
+            )
+            joined = self._ask(
+                enclave_pb2.Ask(
+                    kms_join=enclave_pb2.KmsJoin(session=self._session, cose=cose, uploads=uploads, answer=answer)
+                ),
+                self._world.deadlines.join_s,
+                told,
+            )
+            return self._judged(join, cose, joined.joined.receipt, "")
+        except RefusedError as error:
+            if error.code in ADMISSION or error.code == "revoked":
+                return self._judged(join, cose, b"", error.code)
+            raise
+
+    def _judged(self, join: AnyJoin, cose: bytes, receipt: bytes, code: str) -> tuple[bytes, str]:
         with self._changing():
             self._joining.pop(join.digest, None)
             with self._write() as session:
@@ -417,7 +519,7 @@ class Live:
         if (session.scalar(select(func.count()).select_from(JoinRow).where(*ours)) or 0) >= JOINS_PER_PARTY:
             raise RefusedError("quota", "as many joins as a party may make before a roster")
 
-    def _add_join(self, session: Session, join: Join, cose: bytes) -> JoinRow:
+    def _add_join(self, session: Session, join: AnyJoin, cose: bytes) -> JoinRow:
         row = JoinRow(
             number=self._number,
             digest=join.digest,
@@ -665,8 +767,12 @@ class Live:
     def _lose_if_gone(self) -> None:
         try:
             relay.connect(self._handle.address).close()
-        except relay.GoneError:
-            self.lose("lost")
+        except relay.GoneError as error:
+            if self._handle.address.startswith("unix:"):
+                self.lose("lost")
+            else:
+                # Over vsock this is also what a listener says whose queue is full.
+                self._lose_if_ended(error)
         except UnavailableError as error:
             self._lose_if_ended(error)
 
@@ -721,16 +827,8 @@ class Live:
             return [row for row in rows if row.receipt is not None]
         return [row for row in rows if row.receipt is None and not row.code]
 
-    def _uploads(self, session: Session, join: Join) -> list[UploadRow]:
-        found = []
-        for digest in join.uploads:
-            row = session.scalar(select(UploadRow).where(UploadRow.digest == digest))
-            if row is None or row.agreement != self._agreement.digest or row.party != join.party:
-                raise RefusedError("unknown-upload", "the join names an upload that is not here")
-            if row.complete_ms is None:
-                raise RefusedError("incomplete", "an upload that the join names lacks bytes")
-            found.append(row)
-        return found
+    def _uploads(self, session: Session, join: AnyJoin) -> list[UploadRow]:
+        return uploads_of(session, self._agreement.digest, join)
 
     def _blob(self, number: int) -> BlobReader | None:
         """A blob of this agreement that is complete: an enclave reads no other agreement's."""
@@ -764,6 +862,19 @@ class Live:
             self._happened(session, "progress", member=member, percent=percent)
 
 
+def uploads_of(session: Session, agreement: bytes, join: AnyJoin) -> list[UploadRow]:
+    """The uploads that a join names, all of them whole; RefusedError "unknown-upload", "incomplete"."""
+    found = []
+    for digest in join.uploads:
+        row = session.scalar(select(UploadRow).where(UploadRow.digest == digest))
+        if row is None or row.agreement != agreement or row.party != join.party:
+            raise RefusedError("unknown-upload", "the join names an upload that is not here")
+        if row.complete_ms is None:
+            raise RefusedError("incomplete", "an upload that the join names lacks bytes")
+        found.append(row)
+    return found
+
+
 class _Steps:
     """Passes on percentages in steps."""
 
@@ -775,6 +886,11 @@ class _Steps:
         if percent >= self._last + PROGRESS_STEP:
             self._last = percent
             self._tell(percent)
+
+
+def is_kms(cose: bytes) -> bool:
+    """Whether a stored join is one by KMS."""
+    return isinstance(read_join(payload_unverified(cose)), KmsJoin)
 
 
 def require(row: SessionRow, *phases: str) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import BigInteger, ForeignKey, Index, Integer, LargeBinary, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 """The newest of the folder `migrations`, which leads to these tables."""
 
 LIVE: Final = ("launching", "open", "rostered", "computing")
@@ -169,7 +169,7 @@ class OpenRequest(Base):
 
 
 class JoinRow(Base):
-    """A join: pending without receipt and code, admitted with a receipt, refused with a code."""
+    """A join, or a KMS join that was tried in this session: pending without receipt and code, admitted with a receipt, refused with a code."""
 
     __tablename__ = "joins"
     number: Mapped[int] = mapped_column(ForeignKey("sessions.number"), primary_key=True)
@@ -178,6 +178,18 @@ class JoinRow(Base):
     cose: Mapped[bytes]
     receipt: Mapped[bytes | None]
     code: Mapped[str] = mapped_column(default="")
+    at_ms: Mapped[int]
+
+
+class KmsJoinRow(Base):
+    """The KMS join of a party that stands: the one with the greatest number."""
+
+    __tablename__ = "kms_joins"
+    agreement: Mapped[bytes] = mapped_column(ForeignKey("agreements.digest"), primary_key=True)
+    party: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[bytes]
+    number: Mapped[int]
+    cose: Mapped[bytes]
     at_ms: Mapped[int]
 
 

@@ -50,6 +50,7 @@ UNSURE: Final = ("", "E38", "E39", "E41")
 """Codes after which an enclave may run: nitro-cli was ended, or did not understand what the enclave's process said."""
 LOST_MS: Final = 15 * 60_000
 """How long a launch that was given up may still bring an enclave: longer than nitro-cli waits for a heartbeat."""
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}-[0-9a-f]{8}-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +293,6 @@ def _of(name: str, entry: Entry, description: Description) -> Described | None:
 class _Entries:
     """The folder: `NAME.json` for each enclave. Written as a whole or not at all; what is no entry is left alone."""
 
-    _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}-[0-9a-f]{8}-[0-9a-f]{16}")
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -313,14 +312,19 @@ class _Entries:
         return self.all().get(name)
 
     def all(self) -> dict[str, Entry]:
-        found = {}
-        for path in sorted(self._folder.glob("*.json")):
-            try:
-                entry = Entry(**json.loads(path.read_text(encoding="utf-8")))
-                bytes.fromhex(entry.agreement)
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("launcher-file-unknown", file=path.name, error=type(error).__name__)
-                continue
-            if self._NAME.fullmatch(path.stem):
-                found[path.stem] = entry
-        return found
+        return entries(self._folder)
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """The entries of a launcher's folder by the names of their enclaves."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            entry = Entry(**json.loads(path.read_text(encoding="utf-8")))
+            bytes.fromhex(entry.agreement)
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("launcher-file-unknown", file=path.name, error=type(error).__name__)
+            continue
+        if _NAME.fullmatch(path.stem):
+            found[path.stem] = entry
+    return found

@@ -127,7 +127,12 @@ class Described:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The enclaves of this parent; not `complete` where the process of one did not answer."""
+    """The enclaves that nitro-cli listed; not `complete` where the process of one took the connection and did not answer.
+
+    `complete` does not say that all are there. nitro-cli leaves out, without a word, an enclave whose socket in
+    /run/nitro_enclaves this user may not open; and where a connection fails for another reason, it takes the socket for a
+    stale one and deletes it. So it is to run as the user whose enclaves they are, which the doctor checks.
+    """
 
     enclaves: tuple[Described, ...]
     complete: bool
@@ -151,7 +156,7 @@ class NitroCli:
         return _id(found), _cid(found, _FIRST_CID)
 
     def describe(self) -> Description:
-        """All enclaves that this user may see; NitroError."""
+        """The enclaves that answer this user; NitroError."""
         # The list is printed, and then followed by E39, where a process did not answer.
         code, output, errors = self._raw("describe-enclaves", [], self._call_s)
         codes = _CODE.findall(errors)

@@ -25,6 +25,8 @@ from parley_coordinator.events import Bell, Events
 from parley_coordinator.guard import Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.keeper import Keeper
+from parley_coordinator.kms import Kms
+from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.launcher import Launcher, LocalLauncher
 from parley_coordinator.leases import Leases
 from parley_coordinator.live import World
@@ -58,6 +60,8 @@ METADATA_BYTES: Final = 16 << 10
 """Metadata of a call: a caller statement is below 1 KiB."""
 IDLE_MS: Final = 15 * 60_000
 """How long a connection may be without a call."""
+KEEPALIVE_MS: Final = 30_000
+KEEPALIVE_TIMEOUT_MS: Final = 20_000
 WILDCARDS: Final = ("", "0.0.0.0", "::", "*")  # noqa: S104  # compared, not bound
 SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 
@@ -96,7 +100,7 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
     cluster = config.cluster
     leases = Leases(store, identity, lease_s=cluster.lease_s, abandon_s=cluster.abandon_s)
     blobs = blobs_of(config)
-    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, leases)
+    world = World(store, blobs, launcher or launcher_of(config), config.deadlines, now_ms, leases, Kms(config.kms))
     sessions = Sessions(world)
     loop = asyncio.get_running_loop()
     bell = Bell(loop)
@@ -107,6 +111,7 @@ async def _serve(config: Config, launcher: Launcher | None, identity: Identity) 
         agreements=Agreements(store, config.quotas, now_ms),
         uploads=Uploads(store, blobs, config.quotas, now_ms),
         sessions=sessions,
+        kms_joins=KmsJoins(store, now_ms),
         releases=Releases(store, blobs, now_ms),
         inbox=Inbox(store, now_ms),
         events=Events(store),
@@ -188,8 +193,8 @@ def _server(config: Config, guard: Guard) -> grpc.aio.Server:
             ("grpc.http2.settings_timeout", int(config.deadlines.handshake_s * 1000)),
             ("grpc.max_connection_idle_ms", IDLE_MS),
             # A client whose machine has vanished frees its stream within a minute.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
             ("grpc.keepalive_permit_without_calls", 1),
             # Clients ask every 30 s whether the server is there; who asks much more often is cut off.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -31,6 +31,7 @@ from parley_coordinator.config import Quotas
 from parley_coordinator.events import Bell, Events, Tail
 from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
+from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.leases import ElsewhereError
 from parley_coordinator.models import EventRow
 from parley_coordinator.peers import PASSED_ON, PeerError, Peers
@@ -67,6 +68,7 @@ class Parts:
     agreements: Agreements
     uploads: Uploads
     sessions: Sessions
+    kms_joins: KmsJoins
     releases: Releases
     inbox: Inbox
     events: Events
@@ -348,6 +350,13 @@ class Service(CoordinatorServicer):
 
         return await self._call(context, "PutJoin", self._joins, join, passed_on=(request, pb.JoinReply))
 
+    async def PutKmsJoin(self, request: pb.PutKmsJoinRequest, context: _Context) -> pb.KmsJoinState:
+        def put(key: bytes) -> pb.KmsJoinState:
+            join, number = self._parts.kms_joins.put(key, request.cose)
+            return pb.KmsJoinState(join=join, number=number)
+
+        return await self._call(context, "PutKmsJoin", self._quick, put)
+
     async def Start(self, request: pb.StartRequest, context: _Context) -> pb.RosterReply:
         return await self._call(
             context,
@@ -539,7 +548,10 @@ def _session(view: SessionView) -> pb.SessionState:
         session=view.session,
         agreement=view.agreement,
         phase=view.phase,
-        parties=[pb.PartyState(party=party, phase=phase) for party, phase in view.parties],
+        parties=[
+            pb.PartyState(party=party, phase=phase, code=view.refused.get(party, "") if phase == "refused" else "")
+            for party, phase in view.parties
+        ],
         code=view.code,
         deadline_ms=view.deadline_ms,
         percent=view.percent,

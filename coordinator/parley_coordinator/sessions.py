@@ -6,7 +6,9 @@ import random
 import secrets
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -24,6 +26,7 @@ from parley_coordinator.models import (
     CountersignatureRow,
     EventRow,
     JoinRow,
+    KmsJoinRow,
     OpenRequest,
     RosterRow,
     SessionRow,
@@ -36,6 +39,8 @@ from parley_protocol.errors import MalformedError, ParleyError, RefusedError, Un
 from parley_protocol.transcript import Roster
 from parley_protocol.v1 import coordinator_pb2
 
+_T = TypeVar("_T")
+
 NONCE_BYTES = 32
 JUDGED = 8
 """Joins of one key at a time: one in each session that a coordinator's enclaves run, and its repetitions."""
@@ -44,7 +49,7 @@ JUDGED_MS = 5000
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A session as its members see it; `parties`: (party, absent | uploaded | joined | countersigned)."""
+    """A session as its members see it; `parties`: (party, absent | uploaded | refused | joined | countersigned)."""
 
     session: bytes
     agreement: bytes
@@ -53,6 +58,8 @@ class SessionView:
     code: str
     deadline_ms: int
     percent: int
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """The codes with which joins by KMS were refused, by party."""
 
 
 class Sessions:
@@ -363,7 +370,10 @@ class Sessions:
     def join(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, str]:
         """(receipt, "") or (b"", code). A key that has JUDGED joins judged already is told to come again: each holds a thread,
         for as long as its tables take, and the other members need some too."""
-        _, name, attached = self._attached(key, identifier)
+        try:
+            _, name, attached = self._attached(key, identifier)
+        except RefusedError as error:
+            return self._released(error, key, identifier, _receipt(cose))
         with self._lock:
             if self._judged[key] >= JUDGED:
                 raise UnavailableError(
@@ -372,6 +382,8 @@ class Sessions:
             self._judged[key] += 1
         try:
             return attached.join(name, cose)
+        except RefusedError as error:
+            return self._released(error, key, identifier, _receipt(cose))
         finally:
             with self._lock:
                 self._judged[key] -= 1
@@ -380,9 +392,29 @@ class Sessions:
 
     def start(self, key: bytes, identifier: bytes, cose: bytes) -> tuple[bytes, tuple[str, ...]]:
         """(roster, who has not countersigned)."""
-        _, name, attached = self._attached(key, identifier)
-        attached.start(name, cose)
+        try:
+            _, name, attached = self._attached(key, identifier)
+            attached.start(name, cose)
+        except RefusedError as error:
+            self._released(error, key, identifier, _started(cose))
         return self.roster(key, identifier)
+
+    def _released(
+        self,
+        error: RefusedError,
+        key: bytes,
+        identifier: bytes,
+        before: Callable[[Session, SessionRow, str], _T | None],
+    ) -> _T:
+        """The answer that a statement got before the session was released, for a caller that did not hear it; else `error`."""
+        if error.code != "phase":
+            raise error
+        with self._world.store.read() as session:
+            row, name = db.session_for(session, identifier, key)
+            found = before(session, row, name) if row.phase == "released" else None
+        if found is None:
+            raise error
+        return found
 
     def roster(self, key: bytes, identifier: bytes) -> tuple[bytes, tuple[str, ...]]:
         """(roster, who has not countersigned) of a session that has one."""
@@ -398,14 +430,12 @@ class Sessions:
         self, key: bytes, identifier: bytes, cose: bytes, former: coordinator_pb2.PutCountersignatureRequest
     ) -> SessionView:
         """The session after a party's consent; one that came before is answered alike, also after the release."""
-        with self._world.store.read() as session:
-            row, name = db.session_for(session, identifier, key)
-            done = None if row.roster is None else session.get(CountersignatureRow, (row.roster, name))
-        if row.phase == "released" and done is not None and payload_unverified(done.cose) == payload_unverified(cose):
-            return self._view(row.number)
-        row, name, attached = self._attached(key, identifier)
-        attached.countersign(name, cose, former)
-        return self._view(row.number)
+        try:
+            _, name, attached = self._attached(key, identifier)
+            attached.countersign(name, cose, former)
+        except RefusedError as error:
+            self._released(error, key, identifier, _consented(cose))
+        return self.get(key, identifier)
 
     def refuse(self, key: bytes, identifier: bytes, cose: bytes) -> SessionView:
         """The session after a party's refusal."""
@@ -443,7 +473,32 @@ class Sessions:
                 code=row.code,
                 deadline_ms=deadline,
                 percent=percent if row.phase in ("computing", "released") else 0,
+                refused=refused_by_kms(session, row),
             )
+
+
+def _receipt(cose: bytes) -> Callable[[Session, SessionRow, str], tuple[bytes, str] | None]:
+    def before(session: Session, row: SessionRow, name: str) -> tuple[bytes, str] | None:
+        rows = session.scalars(select(JoinRow).where(JoinRow.number == row.number, JoinRow.party == name))
+        same = (one for one in rows if payload_unverified(one.cose) == payload_unverified(cose))
+        return next(((one.receipt, "") for one in same if one.receipt), None)
+
+    return before
+
+
+def _started(cose: bytes) -> Callable[[Session, SessionRow, str], bool | None]:
+    def before(_: Session, row: SessionRow, __: str) -> bool | None:
+        return (row.start is not None and payload_unverified(row.start) == payload_unverified(cose)) or None
+
+    return before
+
+
+def _consented(cose: bytes) -> Callable[[Session, SessionRow, str], bool | None]:
+    def before(session: Session, row: SessionRow, name: str) -> bool | None:
+        done = None if row.roster is None else session.get(CountersignatureRow, (row.roster, name))
+        return (done is not None and payload_unverified(done.cose) == payload_unverified(cose)) or None
+
+    return before
 
 
 def told(session: Session, row: SessionRow) -> int:
@@ -455,6 +510,16 @@ def told(session: Session, row: SessionRow) -> int:
         .limit(1)
     )
     return session.scalar(newest) or 0
+
+
+def refused_by_kms(session: Session, row: SessionRow) -> dict[str, str]:
+    """The parties whose standing KMS joins this session has refused, with the codes (kms-14)."""
+    found = session.execute(
+        select(KmsJoinRow.party, JoinRow.code)
+        .join(JoinRow, JoinRow.digest == KmsJoinRow.digest)
+        .where(JoinRow.number == row.number, JoinRow.code != "")
+    ).all()
+    return {row.party: row.code for row in found}
 
 
 def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:
@@ -474,11 +539,15 @@ def parties(session: Session, row: SessionRow) -> tuple[tuple[str, str], ...]:
     if row.roster is not None and row.phase != "lost":
         signed = set(session.scalars(select(CountersignatureRow.party).where(CountersignatureRow.roster == row.roster)))
 
+    refused = refused_by_kms(session, row)
+
     def phase(party: str) -> str:
         if party in signed:
             return "countersigned"
         if party in joined:
             return "joined"
+        if party in refused:
+            return "refused"
         complete = all((party, table) in uploaded for table in agreement.tables_of(party))
         return "uploaded" if complete else "absent"
 

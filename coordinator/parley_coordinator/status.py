@@ -38,6 +38,8 @@ TABLE: Final[dict[str, Row]] = {
     "attestation": Row(_S.FAILED_PRECONDITION, "operator"),
     "head": Row(_S.FAILED_PRECONDITION, "caller"),
     "key": Row(_S.FAILED_PRECONDITION, "party"),
+    "revoked": Row(_S.FAILED_PRECONDITION, "party"),
+    "policy": Row(_S.FAILED_PRECONDITION, "party"),
     "conflict": Row(_S.FAILED_PRECONDITION, "caller"),
     "incomplete": Row(_S.FAILED_PRECONDITION, "party"),
     "schema": Row(_S.FAILED_PRECONDITION, "party"),

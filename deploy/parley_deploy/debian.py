@@ -54,7 +54,9 @@ class Archive:
         self._cache = cache.resolve()
         self._suites = tuple(suites)
         self._architecture = architecture
-        self._debs = self._cache / "debs"
+        self.debs: Final = self._cache / "debs"
+        """The folder of the packages that were downloaded; it is there."""
+        self.debs.mkdir(parents=True, exist_ok=True)
         self._lock = self._cache / "lock"
 
     def update(self) -> None:
@@ -83,9 +85,8 @@ class Archive:
         wanted = {name: name if version is None else f"{name}={version}" for name, version in packages.items()}
         with self._exclusive():
             self._configure()
-            self._debs.mkdir(exist_ok=True)
             places = self._places(wanted)
-            missing = [name for name, place in places.items() if not _is(self._debs / place["file"], place["sha256"])]
+            missing = [name for name, place in places.items() if not _is(self.debs / place["file"], place["sha256"])]
             if missing:
                 with tempfile.TemporaryDirectory(dir=self._cache, prefix="download-") as folder:
                     self._apt("download", *(wanted[name] for name in missing), folder=Path(folder))
@@ -93,8 +94,8 @@ class Archive:
                         fetched = Path(folder) / places[name]["file"]
                         if not _is(fetched, places[name]["sha256"]):
                             raise DebianError(f"{name}: what was downloaded is not what the signed list says")
-                        fetched.replace(self._debs / fetched.name)
-            return {name: self._debs / place["file"] for name, place in places.items()}
+                        fetched.replace(self.debs / fetched.name)
+            return {name: self.debs / place["file"] for name, place in places.items()}
 
     def _places(self, wanted: Mapping[str, str]) -> dict[str, re.Match[str]]:
         said = self._apt("download", "--print-uris", *wanted.values())

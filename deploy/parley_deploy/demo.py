@@ -32,6 +32,7 @@ from parley_deploy import data, local
 
 COMMAND_SECONDS: Final = 300
 """Longest a command of a demo may take; a machine that is busy needs a tenth of it."""
+OPERATOR: Final = "operator"
 START_SECONDS: Final = 60
 """How long the process that forks the members may take to import the client."""
 
@@ -65,6 +66,14 @@ DEMOS: Final = {
         "wisc",
         "pay.yaml",
     ),
+    "kms": Demo(
+        "kms",
+        "the same, with two universities that keep their keys in their own KMS: one is away, the other revokes",
+        "big9-pay-standing",
+        "illinois",
+        "mich",
+        "kms.yaml",
+    ),
 }
 
 
@@ -90,9 +99,9 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "members.sock"
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        for name in ("PARLEY_KEY", "PARLEY_PASSPHRASE", "PARLEY_TO", "PARLEY_COORDINATOR", "PARLEY_CERT"):
-            environment.pop(name, None)
+        # Neither the settings nor the AWS account of whoever runs the demo are a member's.
+        own = {name: text for name, text in os.environ.items() if not name.startswith(("PARLEY_", "AWS_"))}
+        environment = {**own, "OPENBLAS_NUM_THREADS": "1"}
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(path))
             listener.listen(1)
@@ -137,6 +146,7 @@ class Member:
         folder.mkdir(parents=True, exist_ok=True)
         self._pid, self._commands, self._answers = nursery.fork(folder, environment)
         self._turn = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._closed = False
 
     def run(self, *arguments: str, listen: Callable[[str], None] | None = None) -> Future[Ended]:
         """Begins a command; `listen` gets each of its lines as it comes."""
@@ -163,7 +173,10 @@ class Member:
         self.close()
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process, whatever it does; nothing where it has ended."""
+        if self._closed:
+            return
+        self._closed = True
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         # Its end closes its answers, and with them the thread that may wait for one.
@@ -225,6 +238,10 @@ class Play:
         self.screen = Screen(say)
         self.members: dict[str, Member] = {}
         self.files: dict[str, dict[str, Path]] = {}
+        # More variables of the environments of members and of OPERATOR.
+        self.environments: dict[str, Mapping[str, str]] = {}
+        self.closing = ExitStack()
+        self.stack = local.Stack(folder / "operator")
 
     def run(self) -> Played:
         """The whole demo; DemoError where a command does not end as it must."""
@@ -232,14 +249,17 @@ class Play:
         with ExitStack() as closing:
             stack = local.Stack.made(self.folder / "operator", listen=f"127.0.0.1:{local.free_port()}")
             closing.callback(stack.stop)
+            self.stack, self.closing = stack, closing
+            self.prepare()
             self.nursery = Nursery(self.folder)
             closing.callback(self.nursery.close)
             # The operator's work and the members' own go on side by side.
             operator = closing.enter_context(ThreadPoolExecutor(1, thread_name_prefix="operator"))
-            running = operator.submit(stack.start)
+            running = operator.submit(stack.start, self.environments.get(OPERATOR))
             names = agreement_members(self.demo)
             for name in names:
-                self.members[name] = Member(self.nursery, name, self.folder / "members" / name, stack.environment)
+                environment = {**stack.environment, **self.environments.get(name, {})}
+                self.members[name] = Member(self.nursery, name, self.folder / "members" / name, environment)
                 closing.callback(self.members[name].close)
             split = data.split_flights if self.demo.name == "flights" else data.split_pay
             self.files = split(self.folder / "members")
@@ -252,7 +272,20 @@ class Play:
             self._agreement(stack)
             session = self._session()
             bundle, opened = self._release(session)
+            self.afterwards()
         return Played(self.folder, session, bundle, opened, time.monotonic() - begun)
+
+    # What a demo may add
+
+    def prepare(self) -> None:
+        """Before the coordinator starts."""
+
+    def text(self) -> str:
+        """The agreement as YAML."""
+        return agreement_text(self.demo, self.coalition)
+
+    def afterwards(self) -> None:
+        """After the release was verified."""
 
     # Steps
 
@@ -275,7 +308,7 @@ class Play:
 
     def _agreement(self, stack: local.Stack) -> None:
         starter = self.members[self.demo.starter]
-        (starter.folder / self.demo.file).write_text(agreement_text(self.demo, self.coalition), "utf-8")
+        (starter.folder / self.demo.file).write_text(self.text(), "utf-8")
         shutil.copytree(self.folder / "keys", starter.folder / "keys")
         for path in (stack.root_certificate, stack.measurements):
             shutil.copy(path, starter.folder)
@@ -340,16 +373,19 @@ class Play:
         return auditor / bundle, auditor / opened
 
     def _recipients(self) -> list[str]:
-        return [name for name in self.members if self.demo.name == "pay" or name != "registry"]
+        return [name for name in self.members if name != "registry"]
 
     # Commands
 
-    def one(self, name: str, arguments: Sequence[str], *, shown: bool = True, window: Member | None = None) -> Ended:
-        """Runs one member's command to its end, by default on the screen."""
+    def one(
+        self, name: str, arguments: Sequence[str], *, shown: bool = True, window: Member | None = None, code: int = 0
+    ) -> Ended:
+        """Runs one member's command to its end, by default on the screen. `code`: the exit code that it must have."""
         if shown:
             self.screen.command(name, arguments)
         member = self.members[name] if window is None else window
-        return self._ended(name, arguments, member.run(*arguments, listen=self.screen.line if shown else None))
+        future = member.run(*arguments, listen=self.screen.line if shown else None)
+        return self._ended(name, arguments, future, code)
 
     def everyone(
         self, arguments: Callable[[str], list[str]], *, shown: str | None = None, only: Iterable[str] | None = None
@@ -366,9 +402,9 @@ class Play:
         return ended
 
     @staticmethod
-    def _ended(name: str, arguments: Sequence[str], future: Future[Ended]) -> Ended:
+    def _ended(name: str, arguments: Sequence[str], future: Future[Ended], code: int = 0) -> Ended:
         ended = future.result(COMMAND_SECONDS)
-        if ended.code != 0:
+        if ended.code != code:
             said = "\n".join([*ended.out, *ended.err])
             raise DemoError(f"{name}: parley {shlex.join(arguments)} ended with exit code {ended.code}\n{said}")
         return ended
@@ -396,7 +432,15 @@ def play(name: str, folder: Path, *, coalition: int | None = None, say: Callable
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise DemoError(f"{folder}: not empty")
-    return Play(DEMOS[name], folder, coalition, say).run()
+    return _kind(name)(DEMOS[name], folder, coalition, say).run()
+
+
+def _kind(name: str) -> type[Play]:
+    if name != "kms":
+        return Play
+    from parley_deploy.demo_kms import KmsPlay
+
+    return KmsPlay
 
 
 def _run(name: str, keep: Path | None, coalition: int | None) -> None:
@@ -456,3 +500,9 @@ def flights(keep: KeepOption = None, coalition: CoalitionOption = None) -> None:
 def pay(keep: KeepOption = None, coalition: CoalitionOption = None) -> None:
     """Salary by year, rank and sex: nine universities."""
     _run("pay", keep, coalition)
+
+
+@app.command()
+def kms(keep: KeepOption = None, coalition: CoalitionOption = None) -> None:
+    """The same with standing consent and keys in KMS: one university is away all the time, another revokes."""
+    _run("kms", keep, coalition)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -121,14 +121,18 @@ class Stack:
         if done.returncode != 0:
             raise StackError(done.stderr.strip())
 
-    def start(self) -> None:
-        """Starts the coordinator, detached, and waits until it answers; nothing where it runs already."""
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Starts the coordinator, detached, and waits until it answers; nothing where it runs already.
+
+        `environment`: variables that it gets beside this process's own.
+        """
         if self.pid is not None:
             return
         (self.folder / "address").unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "parley_coordinator", "run", "--dir", str(self.folder)],
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

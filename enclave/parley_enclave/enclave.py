@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hmac
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -18,14 +19,15 @@ from parley_enclave import admission, compute, keys, lineage, release, roster
 from parley_enclave.nsm import Nsm
 from parley_enclave.phases import Op, Phase, Phases
 from parley_enclave.pool import Parts, Pool, WorkerError
+from parley_enclave.recipient import Recipient
 from parley_enclave.release import Release
 from parley_enclave.roster import Former
 from parley_enclave.session import Session
 from parley_protocol import claims, cose, limits
 from parley_protocol.agreement.model import Agreement, Platform
 from parley_protocol.chain import verify_chain
-from parley_protocol.errors import MalformedError, RefusedError
-from parley_protocol.transcript import Countersignature, Offer, Refusal, offer_user_data
+from parley_protocol.errors import MalformedError, RefusedError, VerificationError
+from parley_protocol.transcript import Countersignature, Offer, Refusal, kms_user_data, offer_user_data
 
 Progress = Callable[[int], None]
 NONCE_BYTES = 32
@@ -44,6 +46,14 @@ class Status:
     joined: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a host gets that wants to ask KMS for a join's keys: a document, or the receipt of the join."""
+
+    document: bytes = b""
+    receipt: bytes = b""
 
 
 class Enclave:
@@ -138,13 +148,75 @@ class Enclave:
             phase = self._phases.require(Op.JOIN)
             state = self._of(session)
             opened = admission.open_join(signed, uploads, state.offer, state.agreement, state.live_keys())
-            known = state.joins.get(opened.join.party)
-            if known is not None and known.opened.join.digest == opened.join.digest:
-                return known.receipt  # adm-8
+            known = state.receipt_of(opened.join)
+            if known is not None:
+                return known
             if phase is not Phase.OPEN:
                 raise RefusedError("phase")
-            state.check_roster_key(opened)
-            state.check_turn(opened)
+        return self._admit(state, opened, progress)
+
+    def recipient(self, session: bytes, signed: bytes, uploads: Sequence[tuple[bytes, int]]) -> Asked:
+        """The document with which KMS is asked for the keys of a KMS join, with a key that is made for it (kms-6); or the
+        receipt of a join that is admitted already."""
+        brought, known = self._kms_join(Op.RECIPIENT, session, signed, uploads)
+        if known is not None:
+            return Asked(receipt=known)
+        made = Recipient()
+        with self._changed:
+            state = self._kms_session(Op.RECIPIENT, session)
+            state.await_answer(brought.join, made)
+            bound = kms_user_data(state.offer.digest, brought.join.digest)
+        return Asked(document=self._nsm.attest(user_data=bound, public_key=made.public))
+
+    def kms_join(
+        self, session: bytes, signed: bytes, uploads: Sequence[tuple[bytes, int]], answer: bytes, progress: Progress
+    ) -> bytes:
+        """Admits a party's KMS join with what KMS answered to its document; the signed receipt. Long, as `join`.
+
+        Every answer that is not the right one is refused with code "key", and as late as any other (kms-9).
+        """
+        arrived = time.monotonic()
+        brought, known = self._kms_join(Op.KMS_JOIN, session, signed, uploads)
+        if known is not None:
+            return known
+        try:
+            with self._changed:
+                state = self._kms_session(Op.KMS_JOIN, session)
+                recipient = state.answered(brought.join)
+            opened = admission.open_kms_join(brought, recipient.open(answer, brought.size))
+        except VerificationError:
+            time.sleep(max(0.0, arrived + limits.KMS_OPEN_MS / 1000 - time.monotonic()))
+            raise
+        with self._changed:
+            state.unopened[brought.join.party] -= 1
+        return self._admit(state, opened, progress)
+
+    def _kms_join(
+        self, op: Op, session: bytes, signed: bytes, uploads: Sequence[tuple[bytes, int]]
+    ) -> tuple[admission.KmsBrought, bytes | None]:
+        """A KMS join whose statements are good and which may be admitted now, and its receipt where it is admitted."""
+        with self._changed:
+            self._lapse()
+            state = self._kms_session(op, session)
+            brought = admission.read_kms_join(signed, uploads, state.agreement)
+            known = state.receipt_of(brought.join)
+            if known is None:
+                state.check_roster_key(brought.join)
+                state.check_turn(brought.join)
+            return brought, known
+
+    def _kms_session(self, op: Op, session: bytes) -> Session:
+        self._phases.require(op)
+        return self._of(session)
+
+    def _admit(self, state: Session, opened: admission.Opened, progress: Progress) -> bytes:
+        """Has the tables of a join checked, and admits it (adm-5 to adm-9)."""
+        join = opened.join
+        with self._changed:
+            if self._phases.now is not Phase.OPEN or self._session is not state:
+                raise RefusedError("phase")
+            state.check_roster_key(join)
+            state.check_turn(join)
             waiting = {
                 brought.upload.digest: self._admitting(state, brought)
                 for brought in opened.brought
@@ -160,8 +232,8 @@ class Enclave:
             self._lapse()
             if self._phases.now is not Phase.OPEN or self._session is not state:
                 raise RefusedError("phase")
-            state.check_roster_key(opened)
-            state.check_turn(opened)
+            state.check_roster_key(join)
+            state.check_turn(join)
             state.tables |= found
             return state.admit(opened, self._nsm.now_ms())
 

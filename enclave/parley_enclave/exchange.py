@@ -1,4 +1,4 @@
-"""Parcels between the main process and its workers: a CBOR header, raw parts, and sometimes a socket.
+"""Parcels between the main process and its workers: a CBOR header, raw parts, and on the way to a worker sometimes a socket.
 
 Workers parse what hostile parties made, so nothing that they send back is ever unpickled or evaluated.
 u32 BE length of the header, u64 BE length of all parts, the header [fields, lengths of the parts], the parts.
@@ -42,9 +42,21 @@ def send(
         control.sendall(part)
 
 
-def receive(control: socket.socket) -> tuple[Parcel, list[int]]:
-    """The next parcel and the files that came with it. EOFError where the other side is gone; MalformedError."""
+def receive(control: socket.socket) -> Parcel:
+    """The next parcel. EOFError where the other side is gone; MalformedError.
+
+    The kernel closes files that come with it: a worker that a table has taken over would use up those of the main process.
+    """
+    return _parcel(control, control.recv(_LENGTHS.size))
+
+
+def receive_with_files(control: socket.socket) -> tuple[Parcel, list[int]]:
+    """The same, and the files that came with it: for a worker, which believes the main process."""
     first, fds, _, _ = socket.recv_fds(control, _LENGTHS.size, 1)
+    return _parcel(control, first), fds
+
+
+def _parcel(control: socket.socket, first: bytes) -> Parcel:
     header_bytes, body_bytes = _LENGTHS.unpack(first + _take(control, _LENGTHS.size - len(first), gone=not first))
     if header_bytes > limits.WORKER_HEADER_BYTES or body_bytes > limits.WORKER_MESSAGE_BYTES:
         raise MalformedError("a parcel is too long")
@@ -57,7 +69,7 @@ def receive(control: socket.socket) -> tuple[Parcel, list[int]]:
     sizes = [length for length in lengths if type(length) is int and length >= 0]
     if len(sizes) != len(lengths) or sum(sizes) != body_bytes:
         raise MalformedError("a parcel's parts have wrong lengths")
-    return Parcel(fields, tuple(_take(control, size) for size in sizes)), fds
+    return Parcel(fields, tuple(_take(control, size) for size in sizes))
 
 
 def _take(control: socket.socket, count: int, *, gone: bool = False) -> bytes:

@@ -60,7 +60,7 @@ PROCESSES: Final = 1024
 OOM_SCORE: Final = -1000
 """Where memory runs out a worker goes, whose task is repeated, never the process with the keys."""
 
-_NOSUID, _NODEV, _NOEXEC, _RDONLY, _REMOUNT, _BIND = 2, 4, 8, 1, 32, 4096
+_NOSUID, _NODEV, _NOEXEC, _RDONLY, _REMOUNT, _NOATIME, _BIND = 2, 4, 8, 1, 32, 1024, 4096
 _NSM_RAW = 0xC0200A00
 _NSM_RESPONSE_BYTES = 0x3000
 _RND_ADD_ENTROPY, _RND_RESEED = 0x40085203, 0x5207
@@ -188,12 +188,14 @@ def say(line: str) -> None:
 
 _PRIVATE = _NOSUID | _NODEV | _NOEXEC
 _MOUNTS = (
-    # Workers see no process but their own.
+    # A worker sees no process but its own.
     ("proc", "proc", _PRIVATE, "hidepid=2"),
     ("sysfs", "sys", _PRIVATE, ""),
-    ("devtmpfs", "dev", _NOSUID | _NOEXEC, "mode=0755"),
-    ("tmpfs", "run", _PRIVATE, "mode=0755,size=1m"),
-    ("tmpfs", "tmp", _PRIVATE, "mode=1777,size=1m"),
+    # What a worker reads, the next one does not see.
+    ("devtmpfs", "dev", _NOSUID | _NOEXEC | _NOATIME, "mode=0755"),
+    # Root's alone: a worker could leave names there, which no size bounds.
+    ("tmpfs", "run", _PRIVATE | _NOATIME, "mode=0700,size=1m,nr_inodes=64"),
+    ("tmpfs", "tmp", _PRIVATE | _NOATIME, "mode=0700,size=1m,nr_inodes=64"),
 )
 
 
@@ -233,28 +235,35 @@ def modules(boot: Boot) -> None:
         boot.kernel.load_module(boot.root / "modules" / name, parameters(command_line, name.removesuffix(".ko")))
 
 
-_SETTINGS = {
+_REQUIRED: Final = {
     "kernel/modules_disabled": "1",
+    "kernel/yama/ptrace_scope": "3",
+}
+"""What is said of an image rests on these two."""
+_SETTINGS: Final = {
     "kernel/kexec_load_disabled": "1",
     "kernel/kptr_restrict": "2",
     "kernel/dmesg_restrict": "1",
     "kernel/sysrq": "0",
     "kernel/perf_event_paranoid": "3",
     "kernel/unprivileged_bpf_disabled": "1",
-    "kernel/yama/ptrace_scope": "3",
     "fs/suid_dumpable": "0",
     "user/max_user_namespaces": "0",
 }
+"""A kernel without the feature has nothing to close."""
 
 
 def settings(boot: Boot) -> None:
-    """Closes what an enclave does not need; most of it cannot be opened again. A kernel may lack the feature altogether."""
-    for name, value in _SETTINGS.items():
+    """Closes what an enclave does not need; most of it cannot be opened again."""
+    for name, value in (_REQUIRED | _SETTINGS).items():
         place = boot.root / "proc/sys" / name
-        if place.exists():
-            place.write_text(value, "ascii")
-            if place.read_text("ascii").strip() != value:
-                raise InitError(f"{name} is not {value}")
+        if not place.exists():
+            if name in _REQUIRED:
+                raise InitError(f"the kernel has no {name}")
+            continue
+        place.write_text(value, "ascii")
+        if place.read_text("ascii").strip() != value:
+            raise InitError(f"{name} is not {value}")
 
 
 def device(boot: Boot) -> None:

@@ -21,7 +21,8 @@ _T = TypeVar("_T")
 
 
 class NsmError(ParleyError):
-    """The module refused a request. `answer` is its own error code, such as ReadOnlyIndex."""
+    """The module refused a request, or answered what is no answer to it. `answer` is its own error code, such as
+    ReadOnlyIndex, or what is wrong with what it said."""
 
     answer: str
 
@@ -68,7 +69,7 @@ class Nsm:
         fields = self._ask("DescribeNSM", None)
         locked = fields.get("locked_pcrs")
         if type(locked) is not list:
-            raise MalformedError("NSM: locked_pcrs is no array")
+            raise NsmError("no array of locked registers")
         return Description(
             module_id=_typed(fields, "module_id", str),
             max_pcrs=_typed(fields, "max_pcrs", int),
@@ -95,7 +96,7 @@ class Nsm:
         while len(data) < count:
             part = _typed(self._ask("GetRandom", None), "random", bytes)
             if not part:
-                raise MalformedError("NSM: no random bytes")
+                raise NsmError("no random bytes")
             data += part
         return bytes(data[:count])
 
@@ -109,7 +110,10 @@ class Nsm:
         fields: dict[str, Encodable] = {"user_data": user_data, "nonce": nonce, "public_key": public_key}
         document = _typed(self._ask("Attestation", fields), "document", bytes)
         taken = self._monotonic_ns()
-        timestamp = parse_unverified(document).timestamp_ms
+        try:
+            timestamp = parse_unverified(document).timestamp_ms
+        except MalformedError as error:
+            raise NsmError("a document that is none") from error
         with self._lock:
             self._anchor = (timestamp, taken)
         return document
@@ -130,7 +134,10 @@ class Nsm:
 
     def _ask(self, name: str, fields: Mapping[str, Encodable] | None) -> Mapping[str, Value]:
         message = encode(name if fields is None else {name: dict(fields)})
-        answer = decode(self._device.request(message), limit=limits.NSM_RESPONSE_BYTES, foreign=True)
+        try:
+            answer = decode(self._device.request(message), limit=limits.NSM_RESPONSE_BYTES, foreign=True)
+        except MalformedError as error:
+            raise NsmError(f"no CBOR to {name}") from error
         if answer == name:
             return {}
         if type(answer) is dict and len(answer) == 1:
@@ -139,11 +146,11 @@ class Nsm:
                 raise NsmError(value)
             if kind == name and type(value) is dict:
                 return {key: field for key, field in value.items() if type(key) is str}
-        raise MalformedError(f"NSM: no answer to {name}")
+        raise NsmError(f"no answer to {name}")
 
 
 def _typed(fields: Mapping[str, Value], name: str, kind: type[_T]) -> _T:
     value = fields.get(name)
     if type(value) is not kind:
-        raise MalformedError(f"NSM: {name} is no {kind.__name__}")
+        raise NsmError(f"{name}, which is no {kind.__name__}")
     return value

@@ -31,6 +31,8 @@ class Op(Enum):
     BEGIN = "begin"
     ATTEST = "attest"
     JOIN = "join"
+    RECIPIENT = "recipient"
+    KMS_JOIN = "kms_join"
     START = "start"
     COUNTERSIGN = "countersign"
     REFUSE = "refuse"
@@ -47,7 +49,15 @@ TABLE: Final[Mapping[Phase, Mapping[Op, frozenset[Phase]]]] = {
     for phase, row in {
         _E: {Op.LOAD: {_L}},
         _L: {Op.LOAD: {_L}, Op.BEGIN: {_O}, Op.STORED: {_L}},
-        _O: {Op.LOAD: {_O}, Op.BEGIN: {_O}, Op.ATTEST: {_O}, Op.JOIN: {_O}, Op.START: {_R, _C}},
+        _O: {
+            Op.LOAD: {_O},
+            Op.BEGIN: {_O},
+            Op.ATTEST: {_O},
+            Op.JOIN: {_O},
+            Op.RECIPIENT: {_O},
+            Op.KMS_JOIN: {_O},
+            Op.START: {_R, _C},
+        },
         _R: {
             Op.LOAD: {_R},
             Op.BEGIN: {_R},

@@ -109,7 +109,7 @@ class _Worker:
                 self._context = task.context.name
             exchange.send(self._control, task.fields, task.parts, fds=[serve.fileno()])
             while True:
-                answer, _ = exchange.receive(self._control)
+                answer = exchange.receive(self._control)
                 if answer.fields[:1] != ["progress"]:
                     return _outcome(answer.fields, answer.parts)
                 percent = answer.fields[1] if len(answer.fields) == 2 else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from parley_protocol import claims
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import RefusedError, VerificationError
-from parley_protocol.transcript import Absentee, Countersignature, Included, Join, Offer, Roster
+from parley_protocol.transcript import Absentee, AnyJoin, Countersignature, Included, Offer, Roster
 
 ABSENT = "deadline"
 """Why a party is absent: it had not joined when the deadline had passed."""
@@ -27,7 +27,7 @@ class Former:
     cose: bytes
 
 
-def make(agreement: Agreement, offer: Offer, joins: Mapping[str, Join], *, now_ms: int) -> Roster:
+def make(agreement: Agreement, offer: Offer, joins: Mapping[str, AnyJoin], *, now_ms: int) -> Roster:
     """The roster of the joins at hand, in the agreement's order.
 
     RefusedError "quorum": before the deadline all parties must have joined, after it at least the quorum (ros-4, F8).

@@ -68,6 +68,17 @@ class Service:
                 uploads = [(item.cose, item.blob) for item in ask.join.uploads]
                 receipt = enclave.join(ask.join.session, ask.join.cose, uploads, progress)
                 return pb.Answer(joined=pb.Joined(receipt=receipt))
+            case "recipient":
+                uploads = [(item.cose, item.blob) for item in ask.recipient.uploads]
+                asked = enclave.recipient(ask.recipient.session, ask.recipient.cose, uploads)
+                if asked.receipt:
+                    return pb.Answer(joined=pb.Joined(receipt=asked.receipt))
+                return pb.Answer(recipient=pb.RecipientDocument(document=asked.document))
+            case "kms_join":
+                join = ask.kms_join
+                uploads = [(item.cose, item.blob) for item in join.uploads]
+                receipt = enclave.kms_join(join.session, join.cose, uploads, join.answer, progress)
+                return pb.Answer(joined=pb.Joined(receipt=receipt))
             case "start":
                 cose = enclave.start(ask.start.session, ask.start.cose)
                 if cose is None:

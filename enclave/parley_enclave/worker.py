@@ -47,7 +47,7 @@ class Worker:
         """Works until the main process is gone."""
         while True:
             try:
-                parcel, fds = exchange.receive(self._control)
+                parcel, fds = exchange.receive_with_files(self._control)
             except EOFError:
                 return
             if parcel.fields[:1] == ["context"]:

@@ -49,11 +49,11 @@ class AcceptedImage:
         return until_ms is None or at_ms < until_ms
 
     def notice(self, now_ms: int) -> str | None:
-        """What to do where the image is soon accepted no more; None where that is not soon."""
+        """What to do where the image is soon accepted no more; None where that is not soon, or where it no longer is."""
         until, until_ms = self.measurement.until, self.measurement.until_ms
-        if until is None or until_ms is None or until_ms - now_ms > limits.MEASUREMENT_NOTICE_MS:
+        if until is None or until_ms is None or not 0 < until_ms - now_ms <= limits.MEASUREMENT_NOTICE_MS:
             return None
-        days = max(0, until_ms - now_ms) // _DAY_MS
+        days = (until_ms - now_ms) // _DAY_MS
         left = "today is its last day" if days == 0 else f"{days} more day{'' if days == 1 else 's'}"
         return (
             f"this image is accepted until {until.isoformat()} ({left}): sign the amendment that accepts the next one"

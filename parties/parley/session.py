@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,11 +29,14 @@ from parley_protocol.attestation.document import parse_unverified
 from parley_protocol.chain import ChainState, verify_chain
 from parley_protocol.claims import VerifiedOffer, needs_countersignatures, verify_offer, verify_receipt, verify_roster
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import DataError, MalformedError, ParleyError, RefusedError, StateError
+from parley_protocol.errors import CODES, DataError, MalformedError, ParleyError, RefusedError, StateError
 from parley_protocol.transcript import (
+    NO_ROSTER_KEY,
     Countersignature,
+    Included,
     Join,
     JoinKeys,
+    KmsJoin,
     Offer,
     Receipt,
     Refusal,
@@ -41,12 +44,16 @@ from parley_protocol.transcript import (
     RosterConsent,
     Start,
     join_info,
+    kms_context,
+    kms_plaintext,
+    kms_share_context,
     noise_share_context,
     share_digest,
 )
 
 if TYPE_CHECKING:
     from parley.connection import Connection
+    from parley.kms import Key
     from parley.reading import PreparedTable, Source
     from parley.transport import Transport
 
@@ -63,7 +70,7 @@ _BURST_S: Final = 0.2
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
     """Where a session stands, as the coordinator says: nothing is decided by it. `parties`: (party, absent | uploaded |
-    joined | countersigned); `phase`: launching, open, rostered, computing, released, lost."""
+    refused | joined | countersigned), `refused`: the codes with which KMS joins were; `phase`: launching, open, rostered, computing, released, lost."""
 
     session: bytes
     agreement: bytes
@@ -72,6 +79,7 @@ class SessionStatus:
     code: str
     deadline_ms: int
     percent: int
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +163,14 @@ class Session:
             raise MalformedError("the coordinator answered for another session")
         parties = tuple((party.party, party.phase) for party in found.parties)
         return SessionStatus(
-            found.session, found.agreement, found.phase, parties, found.code, found.deadline_ms, found.percent
+            found.session,
+            found.agreement,
+            found.phase,
+            parties,
+            found.code,
+            found.deadline_ms,
+            found.percent,
+            {party.party: party.code for party in found.parties if party.code},
         )
 
     def verify(self, *, trust_head: bytes | None = None) -> VerifiedOffer:
@@ -184,8 +199,7 @@ class Session:
                     "nothing is known here of this series: restore your state, or trust a head that another member tells you"
                 )
             series = self._state.trust(self.agreement, trust_head)
-        if series.newest.agreement != self.agreement.digest:
-            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
+        self._check_newest(series)
         lineage = self._connection.lineage(self.agreement)
         nonce = secrets.token_bytes(32)
         reply = self._transport.attest(self.id, nonce)
@@ -198,6 +212,10 @@ class Session:
         )
         self._image = seen_image(self.agreement, verified.enclave)
         return _Verified(verified, reply.document, chain)
+
+    def _check_newest(self, series: Series | None) -> None:
+        if series is not None and series.newest.agreement != self.agreement.digest:
+            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
 
     def _follow(self, series: Series, lineage: Sequence[Agreement], head: bytes) -> ChainState:
         """The verified chain up to `head`; up to what was verified before where `head` does not follow it (then the
@@ -229,16 +247,23 @@ class Session:
         *,
         sign: bool = True,
         trust_head: bytes | None = None,
-    ) -> Receipt:
+        kms_key: str | Key | None = None,
+    ) -> Receipt | KmsJoin:
         """Verifies the enclave, seals and uploads one table for each name, and joins. The same again resumes.
 
         With `sign`, `wait` countersigns the roster when nobody is absent. DataError names file, row and column; then
-        nothing was sent.
+        nothing was sent. Where the agreement names a KMS key of this member (`kms_key` can be no other), the join is one by
+        KMS: it stands for every session, and nobody has to be there until a roster (see `join_by_kms`).
         """
         self._sign = sign
+        key = self.kms_key(kms_key)
         sealed = self.seal(tables, progress, trust_head=trust_head)
+        if key is None:
+            self.upload(sealed, progress)
+            return self.join(sealed, progress)
+        self.check_kms_key(key)
         self.upload(sealed, progress)
-        return self.join(sealed, progress)
+        return self.join_by_kms(sealed, progress, kms_key=key)
 
     def seal(
         self, tables: Mapping[str, Source], progress: Progress | None = None, *, trust_head: bytes | None = None
@@ -333,6 +358,128 @@ class Session:
         with self._state.joining(self.agreement.series):
             return self._join(self._verify(trust_head), tables, progress)
 
+    # Joining by KMS
+
+    def kms_key(self, given: str | Key | None = None) -> Key | None:
+        """This member's KMS key by the agreement; None where it names none. StateError where `given` is another one.
+
+        `given`: its ARN, or the key itself where it is not reached with what AWS's configuration says."""
+        agreed = self.agreement.kms.get(self.name)
+        name = given if given is None or isinstance(given, str) else given.arn
+        if agreed is None:
+            if name is not None:
+                raise StateError(f"the agreement names no KMS key of {self.name}: an amendment can", code="agreement")
+            return None
+        if name not in (None, agreed.text):
+            raise StateError(f"the agreement names another KMS key of {self.name}, {agreed}", code="agreement")
+        if given is not None and not isinstance(given, str):
+            return given
+        from parley.kms import Key
+
+        return Key.connect(agreed.text)
+
+    def check_kms_key(self, key: Key) -> None:
+        """That nobody but the enclaves of this agreement gets at what the key will hold: the key, its live policy and its
+        grants are read and compared (kms-15). StateError, code "policy", with everything that is otherwise."""
+        from parley import kms
+        from parley_protocol import kms_policy
+
+        principals = self._state.principals(key.arn)
+        if principals is None:
+            raise StateError(
+                f"who stands in the policy of {key.arn} is not known here: `parley kms check` with --coordinator-role and"
+                " --admin, once",
+                code="policy",
+            )
+        found = kms.check(key, kms_policy.policy_of(self.agreement, principals))
+        if found:
+            raise StateError(f"{key.arn} is not as agreed, nothing is sent: {'; '.join(found)}", code="policy")
+
+    def join_by_kms(
+        self,
+        tables: Sequence[SealedTable] | None = None,
+        progress: Progress | None = None,
+        *,
+        kms_key: str | Key | None = None,
+    ) -> KmsJoin:
+        """Lets every session of this agreement open the uploads by this member's KMS key, until a later one (kms-16).
+
+        Without `tables`: those of the last one. It is neither forward secret nor post-quantum; the key's policy revokes it.
+        """
+        with self._state.joining(self.agreement.series):
+            _tell(progress, "join", 0, 1)
+            self._check_newest(self._state.series(self.agreement.series))
+            uploads = self._uploads(tables)
+            known = self._state.kms_join(self.agreement.digest)
+            key = self.kms_key(kms_key)
+            if key is None:
+                raise StateError(f"the agreement names no KMS key of {self.name}", code="agreement")
+            self.check_kms_key(key)
+            if known is not None and known[0].uploads == uploads and self._usable(known[0]):
+                join, cose = known
+            else:
+                join, cose = self._new_kms_join(uploads, key)
+            self._transport.put_kms_join(cose)
+            _tell(progress, "join", 1, 1)
+            return join
+
+    def _usable(self, join: KmsJoin) -> bool:
+        """Whether a KMS join can still lead to a computation: its one-time key is there where one is needed."""
+        return not needs_countersignatures(self.agreement) or self._state.has_roster_key(join.roster_key)
+
+    def _new_kms_join(self, uploads: tuple[bytes, ...], key: Key | None) -> tuple[KmsJoin, bytes]:
+        """A KMS join with a fresh one-time key, kept. Without `key` with the last one's ciphertext, which the coordinator
+        has: then nothing new is given away."""
+        identity, agreement = self.member.identity, self.agreement
+        share = identity.derive(NOISE_SHARE, kms_share_context(agreement.digest, uploads), 32)
+        if key is None:
+            known = self._state.kms_join(agreement.digest)
+            assert known is not None and known[0].uploads == uploads
+            ciphertext = known[0].ciphertext
+        else:
+            keys = tuple(content_key(self._state.upload(upload), self._state.vault) for upload in uploads)
+            context = kms_context(agreement.digest, self.name, uploads)
+            ciphertext = key.encrypt(kms_plaintext(keys, share), context)
+        roster_key = Ed25519PrivateKey.generate() if needs_countersignatures(agreement) else None
+        public = NO_ROSTER_KEY if roster_key is None else roster_key.public_key().public_bytes_raw()
+
+        def make(number: int) -> bytes:
+            join = KmsJoin(agreement.digest, self.name, uploads, ciphertext, share_digest(share), public, number)
+            return identity.sign(join.to_bytes())
+
+        cose = self._state.begin_kms_join(agreement.series, agreement.digest, roster_key, make)
+        return KmsJoin.from_bytes(payload_unverified(cose)), cose
+
+    def _renew_kms_join(self, join: KmsJoin) -> None:
+        """Sends the next KMS join, where the last one's one-time key is used up."""
+        with self._state.joining(self.agreement.series):
+            self._transport.put_kms_join(self._new_kms_join(join.uploads, None)[1])
+
+    def _adopted(self, joined: Joined | None, roster: Roster) -> Joined | None:
+        """What is known of this session's join; where it is one by KMS, after the enclave was verified (kms-17)."""
+        kms, entry = self._state.kms_join(self.agreement.digest), roster.entry(self.name)
+        if kms is None or (joined is not None and not isinstance(joined.join, KmsJoin)):
+            return joined
+        # A roster that was signed with the join before the last stays what it was.
+        if joined is not None and (joined.join == kms[0] or (entry is not None and entry.join == joined.join.digest)):
+            return joined
+        with self._state.joining(self.agreement.series):
+            verified = self._verify()
+            self._leave_others(verified)
+            made = Joined(
+                self.id,
+                self.agreement.series,
+                self.agreement.digest,
+                verified.chain.head,
+                verified.offer.offer.to_bytes(),
+                verified.document,
+                str(View.OPEN),
+                kms[1],
+                b"",
+            )
+            self._state.adopt_kms_join(made, verified.chain)
+            return made
+
     def _join(self, verified: _Verified, tables: Sequence[SealedTable] | None, progress: Progress | None) -> Receipt:
         _tell(progress, "join", 0, 1)
         uploads = self._uploads(tables)
@@ -340,7 +487,8 @@ class Session:
         if known is not None and known.offer != verified.offer.offer.to_bytes():
             raise StateError("the session had another offer before", code="conflict")
         joined = None
-        if known is not None and known.join.uploads == uploads and known.view == View.OPEN:
+        ordinary = known is not None and isinstance(known.join, Join)
+        if known is not None and ordinary and known.join.uploads == uploads and known.view == View.OPEN:
             if known.receipt_cose and self._phase_of(self.name) in ("joined", "countersigned"):
                 return verify_receipt(known.receipt_cose, verified.offer.offer, known.join)
             if not known.receipt_cose and self._state.has_roster_key(known.join.roster_key):
@@ -365,6 +513,9 @@ class Session:
             here = self._state.joined(self.id)
             if here is not None:
                 return here.join.uploads
+            by_kms = self._state.kms_join(self.agreement.digest)
+            if by_kms is not None:
+                return by_kms[0].uploads
             spooled = [sealed for name in wanted for _, sealed in self._state.uploads(self.agreement.digest, name)]
             newest = sorted(spooled, key=lambda sealed: sealed.folder.stat().st_mtime_ns)
             last = {upload for joined in before for upload in joined.join.uploads}
@@ -444,7 +595,7 @@ class Session:
 
         StateError, code "roster", where it is never signed: this member's own entry is not its own join.
         """
-        joined = self._joined()
+        joined = self._joined(roster)
         join, entry = joined.join, roster.entry(self.name)
         if entry is None:
             raise StateError("the roster leaves you out: there is nothing to sign", code="roster")
@@ -465,8 +616,8 @@ class Session:
         signed = self._state.signed_rosters(joined.head)
         return [former for former in signed if former.roster.digest != roster.digest]
 
-    def _joined(self) -> Joined:
-        joined = self._state.joined(self.id)
+    def _joined(self, roster: Roster) -> Joined:
+        joined = self._adopted(self._state.joined(self.id), roster)
         if joined is None:
             raise StateError("you have not joined this session on this machine")
         return joined
@@ -476,11 +627,11 @@ class Session:
 
         StateError, code "roster", where the roster is never signed, or only by hand and `by_hand` is not given.
         """
-        joined = self._joined()
         found = self._roster()
         if found is None:
             raise RefusedError("phase", "no roster stands")
         roster, cose = found
+        joined = self._joined(roster)
         if not needs_countersignatures(self.agreement):
             raise RefusedError("phase", "the agreement has standing consent: rosters are not signed")
         signed = self._state.sign_roster(joined, cose, self._consenting(roster, by_hand=by_hand))
@@ -490,6 +641,10 @@ class Session:
         self._transport.put_countersignature(
             self.id, signed.countersignature, [(item.offer, item.document, item.cose) for item in evidence]
         )
+        kms = self._state.kms_join(self.agreement.digest)
+        if kms is not None and not self._usable(kms[0]):
+            # The next session needs nobody either.
+            self._renew_kms_join(kms[0])
         return self.status()
 
     def _consenting(
@@ -578,13 +733,34 @@ class Session:
     def _act(self, status: SessionStatus, sign: bool) -> bool:
         """Does what this member owes; whether it did something."""
         joined = self._state.joined(self.id)
+        mine = dict(status.parties).get(self.name)
+        kms = self._state.kms_join(self.agreement.digest)
+        if kms is not None and (joined is None or isinstance(joined.join, KmsJoin)):
+            return self._act_by_kms(kms[0], status, mine, sign)
         if joined is None or not joined.receipt_cose:
             return False
-        mine = dict(status.parties).get(self.name)
         if status.phase == "open" and mine not in ("joined", "countersigned"):
             self.join()
             return True
         if status.phase == "rostered" and sign and mine == "joined" and needs_countersignatures(self.agreement):
+            try:
+                self.countersign()
+            except RefusedError as error:
+                if error.code != "phase":  # it ended meanwhile
+                    raise
+            return True
+        return False
+
+    def _act_by_kms(self, join: KmsJoin, status: SessionStatus, mine: str | None, sign: bool) -> bool:
+        if status.phase == "open":
+            code = status.refused.get(self.name, "") if mine == "refused" else ""
+            if code not in ("", "conflict"):
+                raise RefusedError.from_wire(code, f"your join by KMS was refused: {CODES.get(code, code)}")
+            # "conflict": its one-time key stood in a roster which ended.
+            if code == "conflict" or not self._usable(join):
+                self._renew_kms_join(join)
+                return True
+        elif status.phase == "rostered" and sign and mine == "joined" and needs_countersignatures(self.agreement):
             try:
                 self.countersign()
             except RefusedError as error:
@@ -626,9 +802,16 @@ class Session:
             signed = self._state.signed_roster(verified.roster.digest)
             if signed is None:
                 raise StateError("the release is of a roster that you did not sign on this machine", code="roster")
-        elif mine is not None and joined is not None and mine.uploads != joined.join.uploads:
+        elif mine is not None and self._strange(mine, joined):
             raise StateError("the release used other uploads of yours than you joined", code="roster")
         self._move(release)
+
+    def _strange(self, mine: Included, joined: Joined | None) -> bool:
+        """Whether a roster that nobody signs used uploads of this member that it has not joined, as far as is known here."""
+        kms = [join for join, _ in self._state.kms_joins(self.agreement.digest)]
+        if mine.join in {join.digest for join in kms}:
+            return False
+        return joined is not None and mine.uploads != joined.join.uploads
 
     def _move(self, release: Release) -> None:
         """Moves the head to the release's record; the record must follow what is known, or what is known follow it."""

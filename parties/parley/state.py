@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from parley import spool
+from parley.clock import now_ms
 from parley.disk import Vault, locked, make_folder, remove_file, write_file
 from parley.spool import SealedTable, Spooled
 from parley_protocol import limits
@@ -27,8 +28,9 @@ from parley_protocol.chain import ChainState
 from parley_protocol.cose import payload_unverified
 from parley_protocol.errors import MalformedError, StateError
 from parley_protocol.identity import PrivateIdentity
+from parley_protocol.kms_policy import Principals
 from parley_protocol.shapes import Bytes, Row, Seq, Shape, Statement, Text, Uint
-from parley_protocol.transcript import GENESIS, AgreementSignature, Join, Receipt, Roster
+from parley_protocol.transcript import GENESIS, AgreementSignature, AnyJoin, KmsJoin, Receipt, Roster, read_join
 
 _T = TypeVar("_T", bound=Statement)
 _DIGEST = Bytes(48)
@@ -107,9 +109,9 @@ class Joined(Statement):
     receipt_cose: bytes = field(repr=False)
 
     @property
-    def join(self) -> Join:
-        """The last join."""
-        return Join.from_bytes(payload_unverified(self.join_cose))
+    def join(self) -> AnyJoin:
+        """The last join; a KMS join where the session was joined by one."""
+        return read_join(payload_unverified(self.join_cose))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,19 @@ class State:
         """(address, pin) of the coordinator that was used last."""
         found = self._json(self.folder / "coordinator.json")
         return None if found is None else (str(found["address"]), found["certificate"])
+
+    # KMS
+
+    def remember_principals(self, key: str, principals: Principals) -> None:
+        """Notes who stands in the policy of the member's KMS key `key`, its ARN."""
+        self._write(_principals_name(key), json.dumps(asdict(principals)).encode())
+
+    def principals(self, key: str) -> Principals | None:
+        """Who stands in the policy of a KMS key; None where the member never said."""
+        found = self._json(self.folder / _principals_name(key))
+        if found is None:
+            return None
+        return Principals(found["coordinator"], tuple(found["administrators"]), tuple(found["sealers"]))
 
     # Agreements and series
 
@@ -331,41 +346,98 @@ class State:
         session under this head that is neither lost nor released.
         """
         with self._transaction():
-            known = self._known(joined.series)
-            if known.newest.agreement != joined.agreement:
-                raise StateError(
-                    f"you signed version {known.newest.version}; sessions of other versions are not joined"
-                )
-            # Another process of this member may have gone on since the chain was verified, perhaps along another fork.
-            behind = chain.sequence < known.sequence or (chain.sequence == known.sequence and chain.head != known.head)
-            if joined.head != chain.head or (known.anchored and behind):
-                raise StateError("the session does not continue the head that was verified", code="head")
-            others = self.others(joined.series, joined.head, joined.session)
-            if others:
-                raise StateError(
-                    f"session {others[0].session.hex()[:8]} under the same head is neither lost nor released: two enclaves may not both be fed"
-                )
+            self._check_join(joined, chain)
             before = self.joined(joined.session)
-            if before is not None and before.offer != joined.offer:
-                raise StateError("the session had another offer before", code="conflict")
-            private = roster_key.private_bytes_raw()
-            public = roster_key.public_key().public_bytes_raw()
-            self._write(f"roster-keys/{public.hex()}", self.vault.seal(private, b"roster-key" + public))
-            self._reached("roster-key")
-            moved = replace(
-                known,
-                head=chain.head,
-                sequence=chain.sequence,
-                charged=chain.charged,
-                version=chain.version,
-                anchored=1,
-            )
-            if moved != known:
-                self._write(f"series/{joined.series.hex()}", moved.to_bytes())
+            self._keep_roster_key(roster_key)
+            self._follow_chain(joined, chain)
             self._write(f"sessions/{joined.session.hex()}", joined.to_bytes())
             self._reached("join")
             if before is not None:
                 self._drop_roster_key(before.join.roster_key)
+
+    def _keep_roster_key(self, roster_key: Ed25519PrivateKey) -> None:
+        public = roster_key.public_key().public_bytes_raw()
+        sealed = self.vault.seal(roster_key.private_bytes_raw(), b"roster-key" + public)
+        self._write(f"roster-keys/{public.hex()}", sealed)
+        self._reached("roster-key")
+
+    def _check_join(self, joined: Joined, chain: ChainState) -> None:
+        known = self._known(joined.series)
+        if known.newest.agreement != joined.agreement:
+            raise StateError(f"you signed version {known.newest.version}; sessions of other versions are not joined")
+        # Another process of this member may have gone on since the chain was verified, perhaps along another fork.
+        behind = chain.sequence < known.sequence or (chain.sequence == known.sequence and chain.head != known.head)
+        if joined.head != chain.head or (known.anchored and behind):
+            raise StateError("the session does not continue the head that was verified", code="head")
+        others = self.others(joined.series, joined.head, joined.session)
+        if others:
+            raise StateError(
+                f"session {others[0].session.hex()[:8]} under the same head is neither lost nor released: two enclaves may not both be fed"
+            )
+        before = self.joined(joined.session)
+        if before is not None and before.offer != joined.offer:
+            raise StateError("the session had another offer before", code="conflict")
+
+    def _follow_chain(self, joined: Joined, chain: ChainState) -> None:
+        known = self._known(joined.series)
+        moved = replace(
+            known,
+            head=chain.head,
+            sequence=chain.sequence,
+            charged=chain.charged,
+            version=chain.version,
+            anchored=1,
+        )
+        if moved != known:
+            self._write(f"series/{joined.series.hex()}", moved.to_bytes())
+
+    # Joins by KMS
+
+    def kms_joins(self, agreement: bytes) -> list[tuple[KmsJoin, bytes]]:
+        """This member's KMS joins under an agreement, with their envelopes, the last one at the end."""
+        found = []
+        for path in (self.folder / "kms-joins").glob(f"{agreement.hex()}-*"):
+            cose = path.read_bytes()
+            found.append((KmsJoin.from_bytes(payload_unverified(cose)), cose))
+        return sorted(found, key=lambda item: item[0].number)
+
+    def kms_join(self, agreement: bytes) -> tuple[KmsJoin, bytes] | None:
+        """The KMS join that stands under an agreement."""
+        found = self.kms_joins(agreement)
+        return found[-1] if found else None
+
+    def begin_kms_join(
+        self, series: bytes, agreement: bytes, roster_key: Ed25519PrivateKey | None, make: Callable[[int], bytes]
+    ) -> bytes:
+        """Keeps a KMS join before it is sent: its one-time key first; the former one's key goes (kms-16). The envelope.
+
+        `make` gives it for its number: later ones have greater numbers, also after a backup was restored.
+        """
+        with self._transaction():
+            known = self._known(series)
+            if known.newest.agreement != agreement:
+                raise StateError(f"you signed version {known.newest.version}; others are not joined by KMS")
+            before = self.kms_join(agreement)
+            cose = make(max(now_ms(), before[0].number + 1 if before else 1))
+            if roster_key is not None:
+                self._keep_roster_key(roster_key)
+            number = KmsJoin.from_bytes(payload_unverified(cose)).number
+            self._write(f"kms-joins/{agreement.hex()}-{number}", cose)
+            self._reached("kms-join")
+            if before is not None:
+                self._drop_roster_key(before[0].roster_key)
+            return cose
+
+    def adopt_kms_join(self, joined: Joined, chain: ChainState) -> None:
+        """Notes that a session has this member's KMS join, before its roster is looked at (kms-17): as `begin_join`, under
+        the same conditions, but with the one-time key that is there."""
+        with self._transaction():
+            self._check_join(joined, chain)
+            self._follow_chain(joined, chain)
+            self._write(f"sessions/{joined.session.hex()}", joined.to_bytes())
+            self._reached("join")
+
+    # Receipts
 
     def end_join(self, session: bytes, receipt_cose: bytes) -> None:
         """Keeps the verified receipt of the last join."""
@@ -505,6 +577,10 @@ class State:
         except ValueError:
             raise StateError(f"{path} is damaged") from None
         return found if isinstance(found, dict) else None
+
+
+def _principals_name(key: str) -> str:
+    return f"kms/{key.split(':')[4]}-{key.rpartition('/')[2]}.json"
 
 
 def _parsed(kind: type[_T], path: Path) -> _T:

@@ -107,6 +107,9 @@ class Transport:
     def put_join(self, session: bytes, cose: bytes) -> pb.JoinReply:
         return self._call(self._stub.PutJoin, pb.PutJoinRequest(session=session, cose=cose), LONG_S)
 
+    def put_kms_join(self, cose: bytes) -> pb.KmsJoinState:
+        return self._call(self._stub.PutKmsJoin, pb.PutKmsJoinRequest(cose=cose))
+
     def start(self, session: bytes, cose: bytes) -> pb.RosterReply:
         return self._call(self._stub.Start, pb.StartRequest(session=session, cose=cose), LONG_S)
 
@@ -201,6 +204,7 @@ class Transport:
             call = self._stub.GetBundle(
                 pb.GetBundleRequest(session=session, offset=len(data)), timeout=LONG_S, metadata=self._metadata()
             )
+            had = len(data)
             try:
                 for chunk in call:
                     if chunk.offset != len(data) or len(data) + len(chunk.data) > limits.BUNDLE_BYTES:
@@ -213,6 +217,8 @@ class Transport:
                 found = _translated(error)
                 if not isinstance(found, UnavailableError):
                     raise found from None
+                if len(data) > had:
+                    pauses = _Pauses(self._patience_s)  # it goes on
                 pauses.wait(found)
             finally:
                 call.cancel()

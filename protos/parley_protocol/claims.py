@@ -20,10 +20,13 @@ from parley_protocol.errors import VerificationError
 from parley_protocol.shapes import Statement
 from parley_protocol.table import is_bucket
 from parley_protocol.transcript import (
+    NO_ROSTER_KEY,
     AgreementSignature,
+    AnyJoin,
     Caller,
     Countersignature,
     Join,
+    KmsJoin,
     Offer,
     Receipt,
     Record,
@@ -192,7 +195,31 @@ def verify_join(signed: bytes, offer: Offer, agreement: Agreement) -> Join:
     return join
 
 
-def verify_receipt(signed: bytes, offer: Offer, join: Join) -> Receipt:
+def verify_kms_join(signed: bytes, agreement: Agreement) -> KmsJoin:
+    """A party's KMS join: kms-1 this agreement, kms-2 a party whose key the agreement names, kms-3 an upload for each of its
+    tables, kms-4 a roster key where rosters are countersigned and none where not, kms-5 signed."""
+    join = _unverified(KmsJoin, signed)
+    _require(join.agreement == agreement.digest, "kms-1", "the join is for another agreement", code="agreement")
+    tables = agreement.tables_of(join.party)
+    _require(bool(tables), "kms-2", "the signer brings no table", code="not-a-member")
+    _require(join.party in agreement.kms, "kms-2", "the agreement names no key of the party", code="agreement")
+    _require(
+        len(join.uploads) == len(tables) and len(set(join.uploads)) == len(tables),
+        "kms-3",
+        "not one upload for each table of the party",
+        code="schema",
+    )
+    _require(
+        (join.roster_key != NO_ROSTER_KEY) is needs_countersignatures(agreement),
+        "kms-4",
+        "a roster key belongs to a join where rosters are countersigned, and to no other",
+        code="agreement",
+    )
+    _signed_by_member(signed, agreement, join.party, "kms-5")
+    return join
+
+
+def verify_receipt(signed: bytes, offer: Offer, join: AnyJoin) -> Receipt:
     """The receipt of a join: rcp-1 signed by the session, rcp-2 for this offer, rcp-3 for this join and its uploads."""
     _signed_by(signed, offer.signing_key, "rcp-1")
     receipt = _unverified(Receipt, signed)

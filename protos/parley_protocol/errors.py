@@ -18,6 +18,8 @@ CODES: Final[dict[str, str]] = {
     "attestation": "the attestation document does not prove the enclave that was agreed on",
     "head": "follows another head of the chain of records",
     "key": "a content key does not open what it was said to open, or does not match its commitment",
+    "revoked": "the policy of a party's own KMS key refuses: the party has revoked",
+    "policy": "the policy or a grant of a KMS key allows more than the agreement says",
     "passphrase": "the passphrase of a private key is missing or wrong",
     "conflict": "contradicts something that was accepted before",
     "incomplete": "the upload lacks bytes",

@@ -41,6 +41,8 @@ PCRS: Final = 32
 """Platform configuration registers of an NSM."""
 PCR_BYTES: Final = 48
 """SHA-384, the only digest of an NSM."""
+KEY_POLICY_BYTES: Final = 128 << 10
+"""The policy of a KMS key as it is given back: KMS takes 32 KiB, and may add spaces."""
 MODULE_ID_BYTES: Final = 128
 """Real ones have 39; the bound keeps names printable."""
 DOCUMENT_AGE_MS: Final = 5 * 60 * 1000
@@ -89,6 +91,12 @@ SEALING_KEY_BYTES: Final = 1216
 """A public key of MLKEM768_X25519."""
 SEALED_KEYS_BYTES: Final = 4096
 """What a join seals: the KEM's 1,120 bytes, a content key for each table, a noise share."""
+KMS_BLOB_BYTES: Final = 6144
+"""A ciphertext of KMS, and what it sends to a recipient: the limits of its API."""
+KMS_ANSWERS: Final = 16
+"""Answers for one party that do not open, in one session: retries after that are guesses. An oracle would need thousands."""
+KMS_OPEN_MS: Final = 100
+"""When a refused answer of KMS is answered, counted from its arrival: many times what opening takes, so no step shows."""
 STATEMENT_BYTES: Final = 1 << 20
 """One statement in its envelope."""
 AGREEMENT_BYTES: Final = 8 << 20

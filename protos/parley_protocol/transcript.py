@@ -7,7 +7,7 @@ way to and from bytes. Who signs what, and what must be true of it, is in `claim
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -26,6 +26,8 @@ _SESSION = Bytes(16)
 _NAME = Text()
 _DIGESTS = Seq(_DIGEST, 1, limits.TABLES)
 _SEALED_KEYS = Bytes(1, limits.SEALED_KEYS_BYTES)
+NO_ROSTER_KEY = bytes(32)
+"""The roster key of a KMS join under standing consent, where nobody countersigns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,43 @@ class Join(Statement):
     sealed_keys: bytes
     share_digest: bytes
     roster_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KmsJoin(Statement):
+    """A party's consent that every session under one agreement may open its uploads, by a KMS key of its own.
+
+    `ciphertext` is what KMS made of `kms_plaintext` under that key. `number` counts a party's KMS joins under an agreement;
+    the greatest one stands. `roster_key` is the public half of a one-time key, or NO_ROSTER_KEY.
+    """
+
+    LABEL: ClassVar[str] = "parley/1/kms-join"
+    SHAPES: ClassVar[tuple[Shape, ...]] = (
+        _DIGEST,
+        _NAME,
+        _DIGESTS,
+        Bytes(1, limits.KMS_BLOB_BYTES),
+        _DIGEST,
+        Bytes(32),
+        Uint(1),
+    )
+    agreement: bytes
+    party: str
+    uploads: tuple[bytes, ...]
+    ciphertext: bytes = field(repr=False)
+    share_digest: bytes
+    roster_key: bytes
+    number: int
+
+
+AnyJoin: TypeAlias = Join | KmsJoin
+"""What lets a session open a party's uploads."""
+
+
+def read_join(data: bytes) -> AnyJoin:
+    """The join of either kind in `data`; MalformedError where it is neither."""
+    label = encode(KmsJoin.LABEL)
+    return KmsJoin.from_bytes(data) if data[1 : 1 + len(label)] == label else Join.from_bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +428,34 @@ def offer_user_data(offer: bytes) -> bytes:
 def record_user_data(record: bytes) -> bytes:
     """user_data of the document of a record; `record` is the statement's bytes."""
     return encode(["parley/1/record-document", sha384(record)])
+
+
+def kms_user_data(offer: bytes, join: bytes) -> bytes:
+    """user_data of the document with which KMS is asked for the keys of a KMS join; both are digests."""
+    return encode(["parley/1/kms-document", offer, join])
+
+
+# What KMS ciphertexts hold, and what they are bound to.
+
+
+def kms_plaintext(content_keys: tuple[bytes, ...], noise_share: bytes) -> bytes:
+    """What a party encrypts under its KMS key: 32 bytes each, so that the length says nothing and nothing is parsed."""
+    return b"".join((*content_keys, noise_share))
+
+
+def kms_context(agreement: bytes, party: str, uploads: tuple[bytes, ...]) -> dict[str, str]:
+    """The encryption context of a KMS ciphertext. It stands in the account's logs: digests and names only."""
+    return {
+        "parley:label": "parley/1/kms-keys",
+        "parley:agreement": agreement.hex(),
+        "parley:party": party,
+        "parley:uploads": sha384(encode(["parley/1/kms-uploads", list(uploads)])).hex(),
+    }
+
+
+def kms_share_context(agreement: bytes, uploads: tuple[bytes, ...]) -> bytes:
+    """What the noise share of a KMS join is derived from, beside the party's private key."""
+    return encode(["parley/1/kms-share-context", agreement, list(uploads)])
 
 
 # What HPKE seals are bound to. HPKE is used without aad; all context goes into info (RFC 9180, section 8.1).

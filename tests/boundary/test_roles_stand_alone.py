@@ -21,7 +21,7 @@ def test_role_imports_with_all_else_blocked(role: Role) -> None:
 # Optional packages that third parties look for and do without. Anything else that is asked for in vain is a leak.
 _PROBED = {
     "parley": {"grpc_health", "grpc_reflection", "grpc_tools", "pandas", "polars"},
-    "parley_coordinator": {"grpc_tools", "pygments"},
+    "parley_coordinator": {"certifi", "grpc_tools", "pygments"},
     "parley_enclave": set(),
     "parley_protocol": set(),
 }

@@ -13,7 +13,7 @@ from support.roles import ROLES
 # Every section of the specification that has numbered steps.
 PREFIXES = (
     "enc", "frm", "stm", "att", "idn", "agr", "lin", "off", "upl", "tab", "out", "join", "rcp", "sta", "ros", "cos", "ref", "rec",
-    "chn", "bun", "cal", "adm", "ses", "eng", "dis", "crd", "eif",
+    "chn", "bun", "cal", "adm", "ses", "eng", "dis", "crd", "eif", "kms", "pol",
 )  # fmt: skip
 _ANY = "|".join(PREFIXES)
 _DEFINED = re.compile(r"\*\*([a-z]{3,4}-\d+)\*\*")

@@ -155,7 +155,7 @@ def patiently(work: object, *arguments: object, seconds: float = 60.0) -> None:
             time.sleep(0.2)
 
 
-def test_any_coordinator_answers_any_call(apart: Pair) -> None:
+def test_crd_22_any_coordinator_answers_any_call(apart: Pair) -> None:
     """The enclave is A's alone; every call of the session is made at B."""
     made = apart.play()
     made.open()
@@ -194,7 +194,7 @@ def test_events_of_one_arrive_at_the_other_at_once(apart: Pair) -> None:
 
 
 @pytest.mark.parametrize("step", ["open", "joined", "rostered", "countersigned"])
-def test_another_takes_over_from_one_that_was_killed(pair: Pair, step: str) -> None:
+def test_crd_22_another_takes_over_from_one_that_was_killed(pair: Pair, step: str) -> None:
     made = pair.play()
     made.open()
     assert pair.holder() is pair.a
@@ -222,7 +222,7 @@ def test_another_takes_over_from_one_that_was_killed(pair: Pair, step: str) -> N
     assert "enclave-without-session" not in pair.a.log + pair.b.log
 
 
-def test_one_that_was_stopped_and_goes_on_changes_nothing(pair: Pair) -> None:
+def test_crd_22_one_that_was_stopped_and_goes_on_changes_nothing(pair: Pair) -> None:
     made = pair.play()
     made.open()
     offer = made.offer()
@@ -309,7 +309,7 @@ def test_two_streams_of_an_upload_at_two_coordinators(pair: Pair) -> None:
     store.close()
 
 
-def test_an_enclave_that_no_coordinator_reaches_is_given_up(apart: Pair) -> None:
+def test_crd_22_an_enclave_that_no_coordinator_reaches_is_given_up(apart: Pair) -> None:
     made = apart.play()
     made.open()
     first = made.session

@@ -25,11 +25,12 @@ from parley_coordinator.store import Store
 from parley_deploy.nsm import LocalRoot, image_measurements
 from parley_deploy.pki import system_now_ms
 from parley_protocol.agreement.model import Consent, Measurement
+from parley_protocol.agreement.signed import sign
 from parley_protocol.bundle import VerifiedBundle, verify_bundle
 from parley_protocol.chain import verify_chain
-from parley_protocol.claims import verify_offer
+from parley_protocol.claims import verify_offer, verify_roster
 from parley_protocol.errors import VerificationError
-from parley_protocol.transcript import GENESIS, Refusal
+from parley_protocol.transcript import GENESIS, Refusal, Start
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2
 from support import image_tree
@@ -526,3 +527,86 @@ def test_crd_10_no_capacity_says_when_and_keeps_the_request(coordinator: Coordin
     os.kill(coordinator.enclave_pid(), signal.SIGKILL)
     made.wait("lost")
     assert other.open(request).phase == "open"
+
+
+def test_every_call_may_be_made_again(coordinator: Coordinator) -> None:
+    """Each method twice with the same request, as a client does that got no answer."""
+    made = play(coordinator)
+    called: set[str] = set()
+    answers: dict[bytes, Any] = {}
+    joined: list[tuple[str, str, Any]] = []
+
+    def twice(name: str, method: str, request: Any) -> Any:
+        first = made.client(name).call(method, request)
+        again = made.client(name).call(method, request)
+        assert first == again, method
+        called.add(method)
+        return first
+
+    agreement = made.agreement
+    twice("ann", "PutAgreement", pb.PutAgreementRequest(canonical=agreement.canonical))
+    cose = sign(agreement, "bob", made.members["bob"])
+    twice("bob", "PutSignature", pb.PutSignatureRequest(agreement=agreement.digest, member="bob", cose=cose))
+    twice("cyd", "GetAgreement", pb.GetAgreementRequest(series=agreement.digest))
+    (sealed,) = made.parties["ann"].sealed
+    assert made.client("ann").upload(sealed) == made.client("ann").upload(sealed, len(sealed.blob))
+    called.add("Upload")
+    twice("ann", "GetUpload", pb.UploadRef(upload=sealed.upload.digest))
+    opening = pb.OpenSessionRequest(request_id=os.urandom(16), agreement=agreement.digest)
+    made.session = twice("ann", "OpenSession", opening).session
+    reference = pb.SessionRef(session=made.session)
+    twice("bob", "Inbox", pb.InboxRequest())
+    request = pb.AttestRequest(session=made.session, nonce=os.urandom(32))
+    assert made.client("bob").call("Attest", request).offer == made.client("bob").call("Attest", request).offer
+    called.add("Attest")
+
+    def round_to_the_roster(offer: Any) -> Any:
+        for name in made.parties:
+            join = pb.PutJoinRequest(session=made.session, cose=made.parties[name].joining(offer).cose)
+            answers[join.cose] = twice(name, "PutJoin", join)
+            assert answers[join.cose].receipt
+            joined.append((name, "PutJoin", join))
+        start = pb.StartRequest(
+            session=made.session, cose=made.members["ann"].sign(Start(offer.digest, "ann").to_bytes())
+        )
+        reply = twice("ann", "Start", start)
+        # After the countersignatures nobody is missing.
+        answers[start.cose] = pb.RosterReply(cose=reply.cose)
+        joined.append(("ann", "Start", start))
+        twice("cyd", "GetRoster", reference)
+        return verify_roster(reply.cose, offer.offer, agreement)
+
+    offer = made.offer()
+    roster = round_to_the_roster(offer)
+    refusal = made.parties["bob"].refusal(offer, roster).cose
+    assert twice("bob", "Refuse", pb.RefuseRequest(session=made.session, cose=refusal)).phase == "open"
+    roster = round_to_the_roster(offer)
+    statements: list[tuple[str, str, Any]] = []
+    for name in made.parties:
+        cose = made.parties[name].consent(offer, roster).cose
+        statements.append((name, "PutCountersignature", pb.PutCountersignatureRequest(session=made.session, cose=cose)))
+    for name, method, request in statements:
+        for _ in range(2):
+            made.client(name).call(method, request)
+        called.add(method)
+    made.wait("released")
+    # Whoever did not hear the answer before the release hears it after.
+    for name, method, request in statements:
+        assert made.client(name).call(method, request).phase == "released"
+    for name, method, request in joined[-3:]:
+        assert answers[request.cose] == made.client(name).call(method, request)
+    twice("bob", "GetSession", reference)
+    assert made.client("cyd").bundle(made.session) == made.client("cyd").bundle(made.session)
+    called.add("GetBundle")
+    chain = pb.GetChainRequest(series=agreement.series)
+    assert len(list(made.client("bob").call("GetChain", chain))) == len(
+        list(made.client("bob").call("GetChain", chain))
+    )
+    called.add("GetChain")
+    events = made.client("bob").events(1.0)
+    assert events == made.client("bob").events(1.0)
+    called.add("Watch")
+    kinds = [event.kind for event in events]
+    assert (kinds.count("opened"), kinds.count("joined"), kinds.count("declined")) == (1, 4, 1)
+    assert (kinds.count("countersigned"), kinds.count("released"), kinds.count("fetched")) == (2, 1, 1)
+    assert called == set(pb.DESCRIPTOR.services_by_name["Coordinator"].methods_by_name)

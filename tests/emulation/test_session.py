@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -34,7 +34,7 @@ from support.enclave import Host, Simulation, agreement_of, identities, signed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 NAMES = ("ann", "bob", "cyd")
-OPTIONS = {"analysts": ["cyd"], "start": ("ann", "cyd")}
+OPTIONS: dict[str, Any] = {"analysts": ["cyd"], "start": ("ann", "cyd")}
 FRAMES = {"ann": frame_of(1, rows=5000, people=400), "bob": frame_of(2, rows=3000, people=300)}
 
 
@@ -51,7 +51,8 @@ def measured(image: Path) -> Measurement:
     command = [sys.executable, "-m", "parley.cli", "measure", "--json", str(image)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads(said)["Measurements"]
-    made = Measurement(*(bytes.fromhex(found[f"PCR{index}"]) for index in (0, 1, 2)))
+    pcr0, pcr1, pcr2 = (bytes.fromhex(found[f"PCR{index}"]) for index in (0, 1, 2))
+    made = Measurement(pcr0, pcr1, pcr2)
     assert made == measurement_of(image)
     return made
 

@@ -98,11 +98,12 @@ class Members:
 
 
 @contextlib.contextmanager
-def members(folder: Path, names: Sequence[str], **options: Any) -> Iterator[Members]:
-    """Members and a running coordinator with its own simulated root."""
+def members(folder: Path, names: Sequence[str], *, toml: str = "", **options: Any) -> Iterator[Members]:
+    """Members and a running coordinator with its own simulated root, or the one that stands in its folder already."""
     root = folder / "c" / "root"
-    root.mkdir(parents=True)
-    LocalRoot.create(system_now_ms()).save(root)
+    if not root.exists():
+        root.mkdir(parents=True)
+        LocalRoot.create(system_now_ms()).save(root)
     # A copy of the image's tree: whoever edits the sources meanwhile changes no measurement.
     tree = folder / "tree"
     for package in image_tree.PACKAGES:
@@ -119,7 +120,7 @@ def members(folder: Path, names: Sequence[str], **options: Any) -> Iterator[Memb
         "--tree",
         str(tree),
     ]
-    with Coordinator(folder / "c", command) as coordinator:
+    with Coordinator(folder / "c", command, toml) as coordinator:
         coordinator.tree = tree
         made = Members(folder, coordinator, names, **options)
         made.confirm()

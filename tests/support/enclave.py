@@ -23,9 +23,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from parley.kms import Key
 from parley_deploy.nsm import LocalRoot, SimulatedNsm, image_measurements, serve
 from parley_deploy.pki import system_now_ms
 from parley_protocol import framing, hpke, table
+from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.agreement.model import (
     Agreement,
     Consent,
@@ -46,10 +48,12 @@ from parley_protocol.identity import PrivateIdentity
 from parley_protocol.output import OutputTable
 from parley_protocol.transcript import (
     GENESIS,
+    NO_ROSTER_KEY,
     AgreementSignature,
     Countersignature,
     Join,
     JoinKeys,
+    KmsJoin,
     Record,
     Refusal,
     Roster,
@@ -61,12 +65,16 @@ from parley_protocol.transcript import (
     frame_key,
     join_info,
     key_commitment,
+    kms_context,
+    kms_plaintext,
+    kms_share_context,
     noise_share_context,
     output_commitment,
     output_info,
     share_digest,
 )
 from parley_protocol.v1 import enclave_pb2 as pb
+from support.kms import PaperKms
 
 SECONDS = 60.0
 """How long a test waits for anything: the machine is shared."""
@@ -327,6 +335,7 @@ def agreement_of(
     *,
     tables: Mapping[str, Sequence[str]] | None = None,
     analysts: Sequence[str] = (),
+    kms: Mapping[str, KeyArn] | None = None,
     **session: Any,
 ) -> Agreement:
     """An agreement of a table `visits` (amount: decimal, score: float, site: category) that every party brings.
@@ -386,6 +395,7 @@ def agreement_of(
         outputs=outputs,
         rules=(Rules(None, 2, 1, 0),),
         session=replace(plain, **session),
+        kms=kms or {},
     )
 
 
@@ -489,6 +499,9 @@ class Party:
         self.numbers = [int.from_bytes(os.urandom(6), "big") for _ in self.sealed]
         """The host's numbers of the blobs."""
         self.join: Join | None = None
+        self.kms_statement: KmsJoin | None = None
+        self.kms_keys = b""
+        self.kms_context: dict[str, str] = {}
         self._one_time: Ed25519PrivateKey | None = None
 
     @property
@@ -514,11 +527,37 @@ class Party:
             self._one_time.public_key().public_bytes_raw(),
         )
         self.join = replace(join, **wrong)
-        uploads = [
+        return pb.Join(
+            session=offer.offer.session,
+            cose=self.identity.sign(self.join.to_bytes()),
+            uploads=self._signed_uploads(),
+        )
+
+    def kms_join(self, kms: PaperKms | Key, number: int = 1, /, **wrong: Any) -> pb.KmsJoin:
+        """A KMS join, to which session and answer are to be added; `wrong` replaces fields of the statement."""
+        digests = tuple(sealed.upload.digest for sealed in self.sealed)
+        share = self.identity.derive(b"parley/1/noise-share", kms_share_context(self.agreement.digest, digests), 32)
+        self.kms_keys = kms_plaintext(tuple(sealed.content_key for sealed in self.sealed), share)
+        self.kms_context = kms_context(self.agreement.digest, self.name, digests)
+        self._one_time = Ed25519PrivateKey.generate()
+        standing = self.agreement.session.consent is Consent.STANDING
+        join = KmsJoin(
+            self.agreement.digest,
+            self.name,
+            digests,
+            kms.encrypt(self.kms_keys, self.kms_context),
+            share_digest(share),
+            NO_ROSTER_KEY if standing else self._one_time.public_key().public_bytes_raw(),
+            number,
+        )
+        self.kms_statement = replace(join, **wrong)
+        return pb.KmsJoin(cose=self.identity.sign(self.kms_statement.to_bytes()), uploads=self._signed_uploads())
+
+    def _signed_uploads(self) -> list[pb.SignedUpload]:
+        return [
             pb.SignedUpload(cose=sealed.cose, blob=number)
             for sealed, number in zip(self.sealed, self.numbers, strict=True)
         ]
-        return pb.Join(session=offer.offer.session, cose=self.identity.sign(self.join.to_bytes()), uploads=uploads)
 
     def consent(self, offer: VerifiedOffer, roster: Roster, former: Sequence[pb.FormerRoster] = ()) -> pb.Countersign:
         """The countersignature of a roster; `former` are those that the party signed before under this head."""
@@ -598,6 +637,22 @@ class Run:
         """Joins the named parties, all when none is named."""
         for name in names or self.agreement.parties:
             self.host.want("joined", join=self.parties[name].joining(offer))
+
+    def recipient(self, offer: VerifiedOffer, join: pb.KmsJoin) -> bytes:
+        """The document with which KMS is asked for the keys of a KMS join."""
+        asked = pb.Recipient(session=offer.offer.session, cose=join.cose, uploads=join.uploads)
+        document: bytes = self.host.want("recipient", recipient=asked).document
+        return document
+
+    def answering(self, offer: VerifiedOffer, join: pb.KmsJoin, answer: bytes) -> pb.KmsJoin:
+        """The KMS join with an answer of KMS."""
+        return pb.KmsJoin(session=offer.offer.session, cose=join.cose, uploads=join.uploads, answer=answer)
+
+    def kms(self, offer: VerifiedOffer, kms: PaperKms, join: pb.KmsJoin) -> pb.KmsJoin:
+        """The KMS join with what KMS answers to a fresh document."""
+        statement = KmsJoin.from_bytes(payload(join.cose))
+        context = kms_context(statement.agreement, statement.party, statement.uploads)
+        return self.answering(offer, join, kms.decrypt(statement.ciphertext, context, self.recipient(offer, join)))
 
     def starting(self, offer: VerifiedOffer, name: str | None = None) -> pb.Start:
         """The signed request to start."""

@@ -19,7 +19,7 @@ from parley_protocol import cose
 from parley_protocol.agreement.model import Agreement, Measurement
 from parley_protocol.agreement.signed import SignedAgreement
 from parley_protocol.errors import RefusedError
-from parley_protocol.transcript import Absentee, Included, Join, Receipt, Roster
+from parley_protocol.transcript import Absentee, AnyJoin, Included, Join, KmsJoin, Receipt, Roster
 from parley_protocol.v1 import coordinator_pb2 as pb
 from support.client import frame_of
 from support.enclave import Simulation, agreement_of
@@ -35,7 +35,8 @@ class PaperSession:
 
     def __init__(self, paper: Paper) -> None:
         self.paper = paper
-        self.joins: dict[str, Join] = {}
+        self.joins: dict[str, AnyJoin] = {}
+        self.refused: dict[str, str] = {}
         self.roster: Roster | None = None
         self.roster_cose = b""
         self.phase = "open"
@@ -104,7 +105,9 @@ class PaperWire:
     def get_session(self, session: bytes) -> pb.SessionState:
         found = self.sessions[session]
         parties = [
-            pb.PartyState(party=party, phase="joined" if party in found.joins else "absent")
+            pb.PartyState(party=party, phase="refused", code=found.refused[party])
+            if party in found.refused
+            else pb.PartyState(party=party, phase="joined" if party in found.joins else "absent")
             for party in found.paper.agreement.parties
         ]
         return pb.SessionState(
@@ -126,6 +129,15 @@ class PaperWire:
         found.joins[join.party] = join
         receipt = Receipt(found.paper.offer.digest, join.party, join.uploads, join.digest, now_ms())
         return pb.JoinReply(receipt=found.paper.sign(receipt))
+
+    def put_kms_join(self, signed: bytes) -> pb.KmsJoinState:
+        self.sent.append(("kms-join", signed))
+        join = KmsJoin.from_bytes(cose.payload_unverified(signed))
+        for found in self.sessions.values():
+            if found.phase == "open" and found.paper.agreement.digest == join.agreement:
+                found.joins[join.party] = join
+                found.refused.pop(join.party, None)
+        return pb.KmsJoinState(join=join.digest, number=join.number)
 
     def start(self, session: bytes, signed: bytes) -> pb.RosterReply:
         found = self.sessions[session]

@@ -48,7 +48,8 @@ def install() -> Path:
 class Cluster:
     """A running server; `database()` makes an empty database and gives its URL."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, fsync: bool = False) -> None:
+        self._fsync = fsync
         self._bin = install()
         self._folder = folder
         self._count = 0
@@ -63,9 +64,8 @@ class Cluster:
     def start(self) -> Self:
         """Starts the server and waits until it answers."""
         # The machine lives on when the server is killed here, so its page cache is as good as a disk.
-        options = (
-            f"-c listen_addresses='' -c unix_socket_directories='{self._folder}' -c max_connections=200 -c fsync=off"
-        )
+        options = f"-c listen_addresses='' -c unix_socket_directories='{self._folder}' -c max_connections=200"
+        options += f" -c fsync={'on' if self._fsync else 'off'}"
         self._run("pg_ctl", "--pgdata", "data", "--wait", "--log", "log", "--options", options, "start")
         return self
 
@@ -120,10 +120,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
+def cluster(*, fsync: bool = False) -> Iterator[Cluster]:
     """A cluster for as long as the block lasts. Its path is short, for its socket's sake, and open to the server's user."""
     with tempfile.TemporaryDirectory(prefix="pg-") as name:
-        made = Cluster(Path(name))
+        made = Cluster(Path(name), fsync=fsync)
         try:
             yield made
         finally:

@@ -64,3 +64,34 @@ def images() -> dict[str, RecordedImage]:
         pcrs = {int(name[3:]): bytes.fromhex(value) for name, value in registers.items() if name.startswith("PCR")}
         found[path.stem] = RecordedImage(path.stem, path, pcrs)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedAnswer:
+    """A CiphertextForRecipient that KMS sent, with what was recorded of it: all of it where its key is there."""
+
+    name: str
+    data: bytes = field(repr=False)
+    key: bytes | None = field(repr=False)
+    plaintext: bytes | None = field(repr=False)
+    parts: dict[str, bytes] | None = field(repr=False)
+
+
+def kms() -> list[RecordedAnswer]:
+    """All recorded answers of KMS; skips, and says so, where they are not on this machine."""
+    index = FOLDER / "kms" / "index.json"
+    if not index.exists():
+        pytest.skip(f"NO KMS VECTORS: {index} is not there; set PARLEY_VECTORS", allow_module_level=True)
+
+    def file(entry: dict[str, str], name: str) -> bytes | None:
+        return (FOLDER / entry[name]).read_bytes() if name in entry else None
+
+    found = []
+    for entry in json.loads(index.read_text()):
+        expected = file(entry, "expected")
+        parts = None
+        if expected is not None:
+            parts = {name: bytes.fromhex(value) for name, value in json.loads(expected).items()}
+        data = (FOLDER / entry["file"]).read_bytes()
+        found.append(RecordedAnswer(entry["file"], data, file(entry, "key"), file(entry, "plaintext"), parts))
+    return found

@@ -188,11 +188,6 @@ class Ring:
         """Whether the guest's entries may be taken: mapped, started and enabled."""
         return self._mapped and self.enabled and self.kick >= 0
 
-    @property
-    def last(self) -> int:
-        """Index of the next entry to take."""
-        return self._last
-
     def resize(self, size: int) -> None:
         """The number of descriptors."""
         if not 1 <= size <= RING_SIZE or size & (size - 1):

@@ -23,8 +23,8 @@ GUEST_CID: Final = 16
 """nitro-cli's first enclave has this id; each guest has a device of its own, so that all may have the same."""
 BUFFER_BYTES: Final = 256 * 1024
 """What the guest may have in flight in one stream."""
-STREAMS: Final = 1024
-"""Streams at a time."""
+STREAMS: Final = 512
+"""Streams at a time; each has a descriptor, of which a process usually has 1024."""
 REPLIES: Final = 256
 """Packets that may wait for buffers of the guest before no more of its own are taken."""
 TURN: Final = 64
@@ -88,7 +88,6 @@ class Stream:
         """Bytes of the guest that the socket did not take yet."""
         self.waiting = 0
         """How many those are."""
-        self.received = 0
         self.forwarded = 0
         self.told = 0
         """How far the guest has heard of `forwarded`."""
@@ -314,7 +313,6 @@ class VsockDevice(Device):
             # Nobody reads it any more; or the guest sends beyond its credit.
             self._cut(stream)
             return
-        stream.received += length
         parts = list(_after_header(chain.readable, length))
         done = 0
         if not stream.backlog and parts:

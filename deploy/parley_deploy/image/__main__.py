@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from parley_deploy.image import contents, eif
 from parley_deploy.image.build import IMAGE, MEASUREMENTS, Inputs, build, replaced
 from parley_deploy.image.errors import ImageError
 from parley_deploy.image.lock import PACKAGES, REQUIREMENTS, WHEELS, Lock, fetch_wheels, newest, newest_wheels
+from parley_deploy.measure import installed
 from parley_deploy.pki import system_now_ms
 from parley_protocol.errors import MalformedError
 from parley_protocol.measurement import Image, measure, measurements_json
@@ -75,15 +78,30 @@ def _build(options: argparse.Namespace) -> int:
         def say(text: str) -> None:
             print(f"{time.monotonic() - begun:6.1f} s  {text}", file=sys.stderr, flush=True)
 
+        for path in changed():
+            say(f"NOT AS COMMITTED: {path}: nobody else can build this image")
         lock = Lock.load(HERE / PACKAGES)
         say("packages")
-        debs = lock.fetch(_archive(cache), options.packages)
+        archive = _archive(cache)
+        debs = lock.fetch(archive, [folder for folder in (options.packages, archive.debs) if folder])
         say("wheels")
         wheels = fetch_wheels(HERE / WHEELS, cache / "wheels")
         image = build(Inputs(lock, debs, wheels), options.out, cache / "work", signer=signer, say=say)
     say(f"{options.out / IMAGE}: {image.size:,} bytes; {options.out / MEASUREMENTS}")
     sys.stdout.write(measurements_json(image.pcrs))
     return 0
+
+
+def changed() -> list[str]:
+    """The files of the image's packages that are not what git has, or unknown to it; none where there is no checkout."""
+    found: list[str] = []
+    if shutil.which("git") is None:
+        return found
+    for package in contents.APPLICATION:
+        command = ["git", "status", "--porcelain", "--untracked-files=all", "--", "."]
+        done = subprocess.run(command, cwd=installed(package), capture_output=True, text=True, check=False)
+        found += [line[3:] for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return found
 
 
 def _lock(options: argparse.Namespace) -> int:

@@ -44,12 +44,12 @@ _FOLDERS: Final = ("dev", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "us
 _LINKS: Final = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64"}
 _COMPILE: Final = (INTERPRETER, "-sSBP", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash")
 _NOT_FOR_ENCLAVES: Final = ("parley_protocol/v1/coordinator_pb2*", "parley_enclave/init.py")
-_TRY: Final = (
-    INTERPRETER,
-    "-sSBP",
-    "-c",
-    "import parley_enclave.__main__, parley_enclave.worker, parley_enclave.enclave",
-)
+_TRY: Final = """
+import importlib, pkgutil, parley_enclave, parley_protocol
+for package in (parley_enclave, parley_protocol):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+"""
 
 Say = Callable[[str], None]
 
@@ -79,7 +79,7 @@ def build(inputs: Inputs, out: Path, work: Path, *, signer: eif.Signer | None = 
     application = root / APPLICATION
     for wheel in inputs.wheels:
         _wheel(application, wheel)
-    for package in ("parley_protocol", "parley_enclave"):
+    for package in contents.APPLICATION:
         _package(application, package)
     say("byte code")
     _byte_code(root)
@@ -162,7 +162,7 @@ def _wheel(application: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for member in sorted(archive.infolist(), key=lambda member: member.filename):
             name = member.filename
-            if member.is_dir() or not contents.application_keeps(name):
+            if member.is_dir() or not contents.wheel_keeps(name):
                 continue
             parts = PurePosixPath(name).parts
             if PurePosixPath(name).is_absolute() or ".." in parts:
@@ -182,8 +182,7 @@ def _package(application: Path, package: str) -> None:
     source = installed(package)
     for path in sorted(source.rglob("*")):
         name = f"{package}/{path.relative_to(source).as_posix()}"
-        left_out = "__pycache__" in path.parts or any(PurePosixPath(name).match(one) for one in _NOT_FOR_ENCLAVES)
-        if path.is_file() and not left_out and contents.application_keeps(name) and path.suffix != ".proto":
+        if path.is_file() and contents.application_keeps(name):
             target = application / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
@@ -193,7 +192,11 @@ def _byte_code(root: Path) -> None:
     """Byte code of all that is kept: made with all of Python, tried with what the image keeps of it."""
     sandbox.run(root, [*_COMPILE, f"/usr/lib/{contents.PYTHON}", f"/{APPLICATION}"], {"PYTHONHASHSEED": "0"})
     _trim(root)
-    sandbox.run(root, _TRY, {"PYTHONPATH": f"/{APPLICATION}", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"})
+    sandbox.run(
+        root,
+        [INTERPRETER, "-sSBP", "-c", _TRY],
+        {"PYTHONPATH": f"/{APPLICATION}", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+    )
 
 
 def _boot(root: Path, modules: dict[str, bytes]) -> None:

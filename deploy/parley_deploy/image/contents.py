@@ -35,8 +35,9 @@ TOOLS: Final = (
     *("libacl1", "libattr1", "libcap2", "libselinux1", "libpcre2-8-0", "libssl3t64"),
 )
 """Packages that compile one module of the kernel; nothing of them is in the image."""
-KERNEL_META: Final = ("linux-image-cloud-amd64", "linux-headers-cloud-amd64")
-"""Packages that depend on the newest kernel of the suite and its headers."""
+KERNEL_META: Final = "linux-image-amd64"
+"""The package that depends on the newest kernel of the suite. The one for clouds sees no second CPU without ACPI: it lacks
+X86_MPPARSE."""
 KERNEL_SOURCE: Final = "linux-source-6.12"
 
 MODULES: Final = (
@@ -79,7 +80,8 @@ _NOT_OF_PACKAGES: Final = (
     "urllib/robotparser",
     "urllib/response",
 )
-_APPLICATION_DROPS: Final = (
+_WHEEL_DROPS: Final = (
+    # What is no code, and what is there to compile or to test.
     *(
         "*.pyi",
         "*.pxd",
@@ -89,23 +91,23 @@ _APPLICATION_DROPS: Final = (
         "*.a",
         "*.f",
         "*.f90",
+        "*.rst",
+        "*.txt",
         "*/py.typed",
-        "*/tests/*",
-        "*/test/*",
-        "*/conftest.py",
+        "*.data/scripts/*",
     ),
-    *("numpy/f2py/*", "numpy/_core/include/*", "numpy/_core/lib/*", "numpy/_pyinstaller/*", "numpy/testing/*"),
-    *(
-        "*/_test*",
-        "*/_operand_flag_tests*",
-        "*/_rational_tests*",
-        "*/_struct_ufunc_tests*",
-        "*/_umath_tests*",
-        "numpy/random/lib/*",
-    ),
-    *("*.dist-info/RECORD", "*.dist-info/INSTALLER", "*.dist-info/REQUESTED", "*.dist-info/entry_points.txt"),
-    *("*.data/scripts/*", "*.data/headers/*"),
+    *("*/tests/*", "*/test/*", "*/conftest.py", "*/_test*", "*/_*_tests.*", "*/_examples/*", "*.data/headers/*"),
+    *("*.dist-info/[!l]*", "*.dist-info/licenses/*/*"),
+    # numpy imports these when somebody asks for them alone (but `ma`, which np.unique needs). cryptography needs the library of cffi alone.
+    *(f"numpy/{part}/*" for part in ("f2py", "random", "testing", "_pyinstaller", "_core/lib")),
+    *("numpy/_core/include/*", "cffi/*", "pycparser/*"),
 )
+APPLICATION: Final = ("parley_protocol", "parley_enclave")
+_NOT_OF_ENCLAVES: Final = (
+    *("parley_protocol/v1/coordinator_pb2*", "parley_protocol/agreement/lint.py", "parley_protocol/bundle.py"),
+    *("parley_protocol/measurement.py", "parley_enclave/init.py"),
+)
+"""What clients and coordinators have of the protocol; `init`, which stands elsewhere in the image."""
 
 
 def runtime_keeps(name: str) -> bool:
@@ -129,6 +131,11 @@ def runtime_keeps(name: str) -> bool:
     return False
 
 
-def application_keeps(name: str) -> bool:
+def wheel_keeps(name: str) -> bool:
     """Whether a file of a wheel, named as in the wheel, is in the image."""
-    return not any(fnmatch(name, dropped) for dropped in _APPLICATION_DROPS)
+    return not any(fnmatch(name, dropped) for dropped in _WHEEL_DROPS)
+
+
+def application_keeps(name: str) -> bool:
+    """Whether a file of the packages APPLICATION, named from the package on, is in the image."""
+    return name.endswith((".py", ".pem")) and not any(fnmatch(name, left) for left in _NOT_OF_ENCLAVES)

@@ -32,7 +32,7 @@ def extract(lock: Lock, debs: Mapping[str, Path], work: Path) -> tuple[Path, dic
     """
     tree = work / "kernel"
     unpack(debs[lock.image], tree)
-    release = f"{lock.release}-cloud-amd64"
+    release = f"{lock.release}-amd64"
     modules = {}
     for module in contents.MODULES:
         path = tree / "usr/lib/modules" / release / "kernel" / f"{module}.ko.xz"
@@ -58,7 +58,7 @@ def _virtio_mmio(lock: Lock, debs: Mapping[str, Path], work: Path, release: str)
     (tree / "tmp").mkdir(exist_ok=True)
     build = tree / "build"
     build.mkdir()
-    (build / f"{REBUILT}.c").write_bytes(_source(debs[contents.KERNEL_SOURCE]))
+    (build / f"{REBUILT}.c").write_bytes(_source(debs[contents.KERNEL_SOURCE], work / "source"))
     (build / "Makefile").write_text(_KBUILD, encoding="ascii")
     make = ["/usr/bin/make", "-C", f"/usr/src/linux-headers-{release}", "M=/build", "modules"]
     # Debug information for BPF needs one more program and is of no use here.
@@ -70,9 +70,8 @@ def _virtio_mmio(lock: Lock, debs: Mapping[str, Path], work: Path, release: str)
     return module
 
 
-def _source(deb: Path) -> bytes:
-    """One file out of the kernel's source: an archive in an archive in a package, read as a stream."""
-    tree = deb.parent / f"{deb.stem}.unpacked"
+def _source(deb: Path, tree: Path) -> bytes:
+    """One file out of the kernel's source: an archive in an archive in a package, unpacked into `tree` for a moment."""
     try:
         unpack(deb, tree)
         (archive,) = tree.glob("usr/src/linux-source-*.tar.xz")
@@ -85,5 +84,5 @@ def _source(deb: Path) -> bytes:
     except ValueError as error:
         raise ImageError(f"{deb.name}: holds no one archive of the kernel's source") from error
     finally:
-        shutil.rmtree(tree, ignore_errors=True)
+        shutil.rmtree(tree)
     raise ImageError(f"{deb.name}: no {SOURCE_FILE}")

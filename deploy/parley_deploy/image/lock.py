@@ -27,7 +27,7 @@ REQUIREMENTS: Final = "requirements.lock"
 _PYTHON_VERSION: Final = contents.PYTHON.removeprefix("python")
 _PLATFORMS: Final = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64", "manylinux_2_17_x86_64")
 _PIP_SECONDS: Final = 900
-_RELEASE: Final = re.compile(r"linux-image-(\d[a-z0-9.+~-]*)-cloud-amd64")
+_RELEASE: Final = re.compile(r"linux-image-(\d[a-z0-9.+~]*)-amd64")
 _WHEEL: Final = re.compile(
     r"(?P<name>[A-Za-z0-9_.-]+)==(?P<version>\S+) \\\n\s+--hash=sha256:(?P<sha256>[0-9a-f]{64})\n?"
 )
@@ -76,25 +76,28 @@ class Lock:
     @property
     def image(self) -> str:
         """The package of the kernel."""
-        return f"linux-image-{self.release}-cloud-amd64"
+        return f"linux-image-{self.release}-amd64"
 
     @property
     def headers(self) -> tuple[str, ...]:
         """The packages that modules are compiled with."""
         release = self.release
-        return (f"linux-headers-{release}-cloud-amd64", f"linux-headers-{release}-common", f"linux-kbuild-{release}")
+        return (f"linux-headers-{release}-amd64", f"linux-headers-{release}-common", f"linux-kbuild-{release}")
 
     def wanted(self) -> list[str]:
         """The names of all packages that an image needs."""
         named = (*contents.RUNTIME, *contents.TOOLS, self.image, *self.headers, contents.KERNEL_SOURCE)
         return sorted(set(named))
 
-    def fetch(self, archive: Archive, handed: Path | None) -> dict[str, Path]:
-        """The file of every package: from the folder `handed` where it has one of the right digest, else from the archive.
+    def fetch(self, archive: Archive, folders: Iterable[Path]) -> dict[str, Path]:
+        """The file of every package: from one of `folders` that has one of the right digest, else from the archive.
 
         ImageError names the first package that is nowhere to be had, or is another one.
         """
-        found = {} if handed is None else _by_digest(handed, {one.sha256: one.name for one in self.packages.values()})
+        digests = {package.sha256: package.name for package in self.packages.values()}
+        found: dict[str, Path] = {}
+        for folder in folders:
+            found = _by_digest(folder, digests) | found
         missing = {name: self.packages[name].version for name in self.wanted() if name not in found}
         try:
             if missing:
@@ -114,11 +117,10 @@ class Lock:
 def newest(archive: Archive) -> Lock:
     """A lock of the newest packages of the suite."""
     archive.update()
-    image, *_ = contents.KERNEL_META
-    needed = archive.depends([image])
+    needed = archive.depends([contents.KERNEL_META])
     releases = [found[1] for name in needed if (found := _RELEASE.fullmatch(name))]
     if len(releases) != 1:
-        raise ImageError(f"{image} depends on {len(releases)} kernels")
+        raise ImageError(f"{contents.KERNEL_META} depends on {len(releases)} kernels")
     wanted = Lock(releases[0], {}).wanted()
     files = archive.download(dict.fromkeys(wanted))
     return Lock(releases[0], {name: Package(name, _version(path), _sha256(path)) for name, path in files.items()})

@@ -48,6 +48,6 @@ def run(tree: Path, command: Sequence[str], environment: Mapping[str, str] | Non
         raise ImageError(f"{command[0]}: took longer than {SECONDS} seconds") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()[-2000:]
-        hint = " (this needs root or user namespaces)" if "unshare" in said else ""
+        hint = "" if os.geteuid() == 0 else " (without root this needs user namespaces that may mount)"
         raise ImageError(f"{' '.join(command)}: ended with {done.returncode}{hint}: {said}")
     return done.stdout

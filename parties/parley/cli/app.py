@@ -159,9 +159,9 @@ def _options(
 
 def build() -> typer.Typer:
     """The whole application, with the commands of installed roles."""
-    from parley.cli import agreements, images, keeping, members, releases, sessions
+    from parley.cli import agreements, images, keeping, kms, members, releases, sessions
 
-    for module in (members, agreements, sessions, releases, images, keeping):
+    for module in (members, agreements, sessions, releases, images, kms, keeping):
         module.register(app)
     return app
 

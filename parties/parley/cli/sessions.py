@@ -26,6 +26,7 @@ from parley.cli.options import (
 
 if TYPE_CHECKING:
     from parley import InboxItem, Session, SessionStatus
+    from parley.kms import Key
     from parley_protocol.agreement.model import Agreement
     from parley_protocol.claims import VerifiedOffer
 
@@ -209,6 +210,11 @@ def submit(
         str | None,
         typer.Option("--trust-head", help="Head of the chain, from another member, where your state is lost."),
     ] = None,
+    kms_key: Annotated[
+        str | None,
+        typer.Option("--kms-key", help="ARN of your KMS key: the agreement's, which is used where it names one."),
+    ] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="Profile of your AWS configuration.")] = None,
     key: KeyOption = None,
     to: ToOption = None,
     cert: CertOption = None,
@@ -217,12 +223,17 @@ def submit(
     """Verify the enclave, then check, seal and upload your tables, join, and wait for the result.
 
     CSV, Parquet and Arrow files. An error in a file ends it before anything is sent. Stopped, the same line goes on.
+    Where the agreement names a KMS key of yours, its policy is checked first, and sessions join without you.
     """
     out = Console(as_json)
     files = _files(tables)
     with connect(key, to, cert) as connection:
         session = find_session(agreement, connection)
+        own_key = _kms_key(session, kms_key, profile)
         _verified(session, out, trust_head)
+        if own_key is not None:
+            session.check_kms_key(own_key)
+            out.line("kms key", f"{own_key.arn}: its policy and grants are as agreed")
         with out.progress() as bars:
             sealed = session.seal(files, bars.update)
         unit = session.agreement.unit.name
@@ -238,13 +249,18 @@ def submit(
             session.upload(sealed, bars.update)
         out.line("upload", f"{size(sum(table.size for table in sealed))}, sealed")
         with out.progress() as bars:
-            receipt = session.join(sealed, bars.update)
-        out.line("receipt", short(receipt.digest))
+            if own_key is None:
+                receipt = session.join(sealed, bars.update).digest
+                out.line("receipt", short(receipt))
+                facts: dict[str, Any] = {"receipt": receipt.hex(), **_image_facts(session)}
+            else:
+                stands = session.join_by_kms(sealed, bars.update, kms_key=own_key)
+                out.line("join", f"{short(stands.digest)}: stands for every session under your KMS key")
+                facts = {"join": stands.digest.hex(), "kms_key": own_key.arn}
         out.result(
             step="joined",
             session=session.id.hex(),
-            receipt=receipt.digest.hex(),
-            **_image_facts(session),
+            **facts,
             tables={
                 table.table: {
                     "rows": table.rows,
@@ -260,6 +276,16 @@ def submit(
             _wait(session, out, sign=sign)
         else:
             out.line("next", f"parley submit again, or parley roster sign {session_name(session.id)} when all are in")
+
+
+def _kms_key(session: Session, given: str | None, profile: str | None) -> Key | None:
+    """The caller's KMS key, reached with a profile where one is named; None where the agreement names none."""
+    agreed = session.agreement.kms.get(session.name)
+    if agreed is None or profile is None or given not in (None, agreed.text):
+        return session.kms_key(given)
+    from parley.kms import Key
+
+    return session.kms_key(Key.connect(agreed.text, profile=profile))
 
 
 def _files(tables: list[str]) -> dict[str, Path]:
@@ -512,7 +538,7 @@ def status(
     out.line("phase", f"{state.phase}{percent}{code}")
     if state.phase in ("launching", "open"):
         out.line("until", when(state.deadline_ms))
-    out.columns([(f"  {party}", phase) for party, phase in state.parties])
+    out.columns([(f"  {party}", _phase(state, party, phase)) for party, phase in state.parties])
     _say_image(found, out)
     out.result(
         session=found.id.hex(),
@@ -523,8 +549,14 @@ def status(
         percent=state.percent,
         deadline_ms=state.deadline_ms,
         parties=dict(state.parties),
+        refused=dict(state.refused),
         **_image_facts(found),
     )
+
+
+def _phase(state: SessionStatus, party: str, phase: str) -> str:
+    code = state.refused.get(party)
+    return phase if code is None else f"{phase} ({code})"
 
 
 def watch(

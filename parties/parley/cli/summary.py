@@ -174,6 +174,13 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
         if str(session.consent) == "roster"
         else "STANDING consent: no party is asked again before a computation"
     )
+    kms = [
+        (
+            "" if number else "Keys in KMS",
+            f"{name}: {key}; joins without {name}, which its key policy revokes; neither forward secret nor post-quantum",
+        )
+        for number, (name, key) in enumerate(agreement.kms.items())
+    ]
     start = ", ".join(session.start) if len(session.start) <= 3 else plural(len(session.start), "member")
     return [
         ("Session", f"{quorum}, within {duration(session.deadline_ms)}; started by {start}; {consent}"),
@@ -181,5 +188,6 @@ def _session(agreement: Agreement) -> list[tuple[str, str]]:
             "",
             f"countersigned within {duration(session.countersign_within_ms)}; at most {plural(session.max_releases, 'release')}",
         ),
+        *kms,
         ("Expires", f"after {agreement.expires.isoformat()}, UTC"),
     ]

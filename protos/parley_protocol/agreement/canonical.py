@@ -50,7 +50,7 @@ def _language(form: Value) -> Tree:
     """The map of the canonical form as people could have written it, with keys and digests as bytes in their places."""
     tree: dict[str, Tree] = {}
     for key, value in _map(form).items():
-        if key in ("members", "groups", "rules"):
+        if key in ("members", "groups", "rules", "kms"):
             tree[key] = _pairs(value)
         elif key == "tables":
             tree[key] = {name: _table(item) for name, item in _named(value).items()}

@@ -38,6 +38,7 @@ def lint(agreement: Agreement, now_ms: int | None = None) -> tuple[Note, ...]:
         *_tables(agreement),
         *_rules(agreement),
         *_session(agreement),
+        *_kms(agreement),
     ]
     return tuple(sorted(found, key=lambda note: note.level is Level.NOTE))
 
@@ -167,3 +168,29 @@ def _session(agreement: Agreement) -> Iterator[Note]:
             " when it calls a session lost that is not, there is a release that max_releases does not count"
         )
         yield Note(Level.WARNING, "session.consent", text)
+
+
+def _kms(agreement: Agreement) -> Iterator[Note]:
+    for name, key in agreement.kms.items():
+        path = f"kms.{name}"
+        text = (
+            f"joins of {name} by KMS are neither forward secret nor post-quantum: whoever records them and later gets at"
+            f" {key.account}'s key, at an accepted image that has a hole, or at a quantum computer, opens its tables"
+        )
+        yield Note(Level.WARNING, path, text)
+        text = (
+            f"{name} can revoke by the policy of its key until an enclave has got the keys of a session;"
+            " what was released stays released"
+        )
+        yield Note(Level.NOTE, path, text)
+        if agreement.session.consent is Consent.STANDING:
+            text = (
+                f"standing consent and a KMS key: {name} is needed for no run, and the host may use any tables that {name}"
+                " has joined by KMS under this version, old ones too"
+            )
+            yield Note(Level.WARNING, path, text)
+    if agreement.kms:
+        for number, measurement in enumerate(agreement.measurements):
+            if measurement.until is None:
+                text = "no `until`: an image in which a hole is found goes on to get keys until each key's policy is changed"
+                yield Note(Level.NOTE, f"measurements[{number}]", text)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Final
 
 from parley_protocol.agreement import expression
+from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.agreement.schema import Column, ColumnRef, ColumnType, Physical, Table
 from parley_protocol.encoding import Encodable, encode, sha384
 from parley_protocol.identity import PublicIdentity
@@ -31,6 +32,7 @@ __all__ = [
     "Grouping",
     "Join",
     "JoinKind",
+    "KeyArn",
     "Measurement",
     "Normalise",
     "Output",
@@ -317,13 +319,15 @@ class Agreement:
     outputs: Mapping[str, Output]
     rules: tuple[Rules, ...]
     session: Session
+    kms: Mapping[str, KeyArn] = field(default_factory=dict)
+    """The KMS key of each party that keeps its content keys under one."""
     canonical: bytes = field(init=False, repr=False)
     digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         from parley_protocol.agreement import semantics
 
-        for name in ("members", "groups", "tables", "outputs"):
+        for name in ("members", "groups", "tables", "outputs", "kms"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         semantics.check(self)
         object.__setattr__(self, "canonical", encode([LABEL, self.to_value()]))
@@ -390,6 +394,8 @@ class Agreement:
             form["replaces"] = self.replaces
         if self.root_sha256 is not None:
             form["root"] = self.root_sha256
+        if self.kms:
+            form["kms"] = [[name, self.kms[name].text] for name in self.members if name in self.kms]
         return form
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from parley_protocol import limits
+from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.agreement.schema import Table
 from parley_protocol.attestation.roots import NITRO_ROOTS
 from parley_protocol.errors import AgreementError, Problem
@@ -43,6 +44,7 @@ def check(agreement: Agreement) -> None:
         *of_outputs(agreement.outputs, agreement.tables),
         *of_rules(agreement.rules, agreement.outputs, agreement.tables),
         *of_session(agreement.session, len(agreement.parties)),
+        *of_kms(agreement.kms, agreement.tables),
     ]
     if found:
         raise AgreementError(Problem(path, None, message) for path, message in found)
@@ -227,3 +229,15 @@ def of_session(session: Session, parties: int) -> Found:
         yield "session.start", "nobody"
     if parties and not 1 <= session.quorum <= parties:
         yield "session.quorum", f"{session.quorum} is not 1 to {parties}, the number of parties"
+
+
+def of_kms(kms: Mapping[str, KeyArn], tables: Mapping[str, Table]) -> Found:
+    """Keys of parties, each its own: whoever holds a key could open what another party keeps under it (REVIEW E4)."""
+    parties = {party for table in tables.values() for party in table.parties}
+    holders: dict[KeyArn, str] = {}
+    for name, key in kms.items():
+        if name not in parties:
+            yield f"kms.{name}", "brings no table: there is nothing that its key would hold"
+        other = holders.setdefault(key, name)
+        if other != name:
+            yield f"kms.{name}", f"is the key of {other} too: each party keeps its content keys under its own"

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from parley_protocol import limits
 from parley_protocol.agreement import expression, semantics
 from parley_protocol.agreement.expression import ExpressionError, Scope, nearest
+from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.agreement.model import (
     LANGUAGE,
     Agreement,
@@ -753,6 +754,30 @@ class _Builder:
             consent=self.choice(found["consent"], Consent) if "consent" in found else Consent.ROSTER,
         )
 
+    def kms(self, node: _Node) -> dict[str, KeyArn]:
+        found: dict[str, KeyArn] = {}
+        complete = True
+        for name, item in self.mapping(node).items():
+            if name not in self.members:
+                self.report(item.path, f"no member {_quoted(name)}{nearest(name, self.members)}")
+                complete = False
+                continue
+            key = self.attempt(lambda item=item: self.key_arn(item))  # type: ignore[misc]
+            if key is None:
+                complete = False
+            else:
+                found[name] = key
+        if not complete:
+            raise _BadError
+        return {name: found[name] for name in self.members if name in found}
+
+    def key_arn(self, node: _Node) -> KeyArn:
+        text = self.text(node)
+        try:
+            return KeyArn.parse(text)
+        except ValueError as error:
+            self.bad(node, f"{text if len(text) <= 120 else text[:117] + '...'} {error}")
+
     def unit(self, node: _Node) -> Unit:
         found = self.fields(node, ("name",), ("normalise",))
         normalise = self.choice(found["normalise"], Normalise) if "normalise" in found else Normalise.EXACT
@@ -776,7 +801,7 @@ class _Builder:
             "rules",
             "session",
         )
-        found = self.optional_fields(node, required, ("replaces", "series", "root", "groups"))
+        found = self.optional_fields(node, required, ("replaces", "series", "root", "groups", "kms"))
         with self.part():
             if "parley" in found and self.text(found["parley"]) != str(LANGUAGE):
                 self.bad(found["parley"], f"this program knows version {LANGUAGE} of the language")
@@ -799,6 +824,7 @@ class _Builder:
             self.judge(semantics.of_platform(str(platform), root, measurements))
         unit = self.get(found, "unit", self.unit)
         session = rules = tables = outputs = None
+        kms: dict[str, KeyArn] | None = {}
         with self.part():
             if "members" in found:
                 self.read_members(found["members"])
@@ -810,6 +836,10 @@ class _Builder:
                 session = self.get(found, "session", lambda item: self.session(item, parties))
                 if session is not None:
                     self.judge(semantics.of_session(session, parties))
+                if "kms" in found:
+                    kms = self.get(found, "kms", self.kms)
+                    if kms is not None and tables is not None:
+                        self.judge(semantics.of_kms(kms, tables))
                 if tables is not None:
                     known = tables
                     outputs = self.get(found, "outputs", lambda item: self.outputs(item, known))
@@ -831,6 +861,7 @@ class _Builder:
             or outputs is None
             or rules is None
             or session is None
+            or kms is None
         ):
             raise _BadError
         return Agreement(
@@ -850,6 +881,7 @@ class _Builder:
             outputs=outputs,
             rules=rules,
             session=session,
+            kms=kms,
         )
 
     def optional_fields(self, node: _Node, required: Sequence[str], optional: Sequence[str]) -> dict[str, _Node]:

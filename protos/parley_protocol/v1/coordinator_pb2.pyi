@@ -500,18 +500,21 @@ class PartyState(_message.Message):
 
     PARTY_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
     party: _builtins.str
     phase: _builtins.str
-    """absent, uploaded, joined, countersigned"""
+    """absent, uploaded, joined, countersigned; refused: its KMS join, by the code"""
+    code: _builtins.str
     def __init__(
         self,
         *,
         party: _builtins.str = ...,
         phase: _builtins.str = ...,
+        code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["party", b"party", "phase", b"phase"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "party", b"party", "phase", b"phase"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -605,6 +608,48 @@ class JoinReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinReply: _TypeAlias = JoinReply  # noqa: Y015
+
+@_typing.final
+class PutKmsJoinRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COSE_FIELD_NUMBER: _builtins.int
+    cose: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        cose: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cose", b"cose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutKmsJoinRequest: _TypeAlias = PutKmsJoinRequest  # noqa: Y015
+
+@_typing.final
+class KmsJoinState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOIN_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    join: _builtins.bytes
+    """The party's KMS join that stands, and its number."""
+    number: _builtins.int
+    def __init__(
+        self,
+        *,
+        join: _builtins.bytes = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["join", b"join", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KmsJoinState: _TypeAlias = KmsJoinState  # noqa: Y015
 
 @_typing.final
 class StartRequest(_message.Message):

@@ -92,6 +92,11 @@ class CoordinatorStub(object):
                 request_serializer=parley__protocol_dot_v1_dot_coordinator__pb2.PutJoinRequest.SerializeToString,
                 response_deserializer=parley__protocol_dot_v1_dot_coordinator__pb2.JoinReply.FromString,
                 _registered_method=True)
+        self.PutKmsJoin = channel.unary_unary(
+                '/parley.v1.Coordinator/PutKmsJoin',
+                request_serializer=parley__protocol_dot_v1_dot_coordinator__pb2.PutKmsJoinRequest.SerializeToString,
+                response_deserializer=parley__protocol_dot_v1_dot_coordinator__pb2.KmsJoinState.FromString,
+                _registered_method=True)
         self.Start = channel.unary_unary(
                 '/parley.v1.Coordinator/Start',
                 request_serializer=parley__protocol_dot_v1_dot_coordinator__pb2.StartRequest.SerializeToString,
@@ -203,6 +208,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutKmsJoin(self, request, context):
+        """A party's standing join by its KMS key: stored, and used in every session of the agreement until a later one comes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Start(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -298,6 +310,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.PutJoin,
                     request_deserializer=parley__protocol_dot_v1_dot_coordinator__pb2.PutJoinRequest.FromString,
                     response_serializer=parley__protocol_dot_v1_dot_coordinator__pb2.JoinReply.SerializeToString,
+            ),
+            'PutKmsJoin': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutKmsJoin,
+                    request_deserializer=parley__protocol_dot_v1_dot_coordinator__pb2.PutKmsJoinRequest.FromString,
+                    response_serializer=parley__protocol_dot_v1_dot_coordinator__pb2.KmsJoinState.SerializeToString,
             ),
             'Start': grpc.unary_unary_rpc_method_handler(
                     servicer.Start,
@@ -630,6 +647,33 @@ class Coordinator(object):
             '/parley.v1.Coordinator/PutJoin',
             parley__protocol_dot_v1_dot_coordinator__pb2.PutJoinRequest.SerializeToString,
             parley__protocol_dot_v1_dot_coordinator__pb2.JoinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutKmsJoin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/parley.v1.Coordinator/PutKmsJoin',
+            parley__protocol_dot_v1_dot_coordinator__pb2.PutKmsJoinRequest.SerializeToString,
+            parley__protocol_dot_v1_dot_coordinator__pb2.KmsJoinState.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,8 @@ class CoordinatorStub:
     """A fresh nonce in; the offer and a document that carries the nonce out."""
     PutJoin: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PutJoinRequest, _coordinator_pb2.JoinReply]
     """Answers when the enclave has admitted or refused the uploads."""
+    PutKmsJoin: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PutKmsJoinRequest, _coordinator_pb2.KmsJoinState]
+    """A party's standing join by its KMS key: stored, and used in every session of the agreement until a later one comes."""
     Start: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StartRequest, _coordinator_pb2.RosterReply]
     GetRoster: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.SessionRef, _coordinator_pb2.RosterReply]
     PutCountersignature: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PutCountersignatureRequest, _coordinator_pb2.SessionState]
@@ -89,6 +91,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """A fresh nonce in; the offer and a document that carries the nonce out."""
     PutJoin: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PutJoinRequest, _coordinator_pb2.JoinReply]  # type: ignore[assignment]
     """Answers when the enclave has admitted or refused the uploads."""
+    PutKmsJoin: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PutKmsJoinRequest, _coordinator_pb2.KmsJoinState]  # type: ignore[assignment]
+    """A party's standing join by its KMS key: stored, and used in every session of the agreement until a later one comes."""
     Start: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartRequest, _coordinator_pb2.RosterReply]  # type: ignore[assignment]
     GetRoster: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.SessionRef, _coordinator_pb2.RosterReply]  # type: ignore[assignment]
     PutCountersignature: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PutCountersignatureRequest, _coordinator_pb2.SessionState]  # type: ignore[assignment]
@@ -187,6 +191,14 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.JoinReply, _abc.Awaitable[_coordinator_pb2.JoinReply]]:
         """Answers when the enclave has admitted or refused the uploads."""
+
+    @_abc_1.abstractmethod
+    def PutKmsJoin(
+        self,
+        request: _coordinator_pb2.PutKmsJoinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.KmsJoinState, _abc.Awaitable[_coordinator_pb2.KmsJoinState]]:
+        """A party's standing join by its KMS key: stored, and used in every session of the agreement until a later one comes."""
 
     @_abc_1.abstractmethod
     def Start(

@@ -22,8 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Ask(_message.Message):
     """The channel between the parent instance and the enclave (SPEC, "Enclave channel").
 
-    The host opens every connection: one Ask, then one Answer, then it closes. Progress may stand before the answer to Join and
-    to Countersign. After Serve the roles turn: the enclave sends Pull, the host answers Frames with the bytes as the payload of
+    The host opens every connection: one Ask, then one Answer, then it closes. Progress may stand before the answer to Join, to
+    KmsJoin and to Countersign. After Serve the roles turn: the enclave sends Pull, the host answers Frames with the bytes as the payload of
     the frame, until either side closes. The host keeps as many Serve connections open as Ready.serves says. The bytes fields
     named `cose`, `canonical`, `offer` and `document` are statements of SPEC, never protobuf.
 
@@ -43,6 +43,8 @@ class Ask(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     SERVE_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    RECIPIENT_FIELD_NUMBER: _builtins.int
+    KMS_JOIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load(self) -> Global___Load: ...
     @_builtins.property
@@ -65,6 +67,10 @@ class Ask(_message.Message):
     def serve(self) -> Global___Serve: ...
     @_builtins.property
     def frames(self) -> Global___Frames: ...
+    @_builtins.property
+    def recipient(self) -> Global___Recipient: ...
+    @_builtins.property
+    def kms_join(self) -> Global___KmsJoin: ...
     def __init__(
         self,
         *,
@@ -79,12 +85,14 @@ class Ask(_message.Message):
         status: Global___Status | None = ...,
         serve: Global___Serve | None = ...,
         frames: Global___Frames | None = ...,
+        recipient: Global___Recipient | None = ...,
+        kms_join: Global___KmsJoin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attest", b"attest", "begin", b"begin", "countersign", b"countersign", "frames", b"frames", "join", b"join", "load", b"load", "op", b"op", "refuse", b"refuse", "serve", b"serve", "start", b"start", "status", b"status", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attest", b"attest", "begin", b"begin", "countersign", b"countersign", "frames", b"frames", "join", b"join", "kms_join", b"kms_join", "load", b"load", "op", b"op", "recipient", b"recipient", "refuse", b"refuse", "serve", b"serve", "start", b"start", "status", b"status", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attest", b"attest", "begin", b"begin", "countersign", b"countersign", "frames", b"frames", "join", b"join", "load", b"load", "op", b"op", "refuse", b"refuse", "serve", b"serve", "start", b"start", "status", b"status", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attest", b"attest", "begin", b"begin", "countersign", b"countersign", "frames", b"frames", "join", b"join", "kms_join", b"kms_join", "load", b"load", "op", b"op", "recipient", b"recipient", "refuse", b"refuse", "serve", b"serve", "start", b"start", "status", b"status", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["load", "begin", "attest", "join", "start", "countersign", "refuse", "stored", "status", "serve", "frames"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["load", "begin", "attest", "join", "start", "countersign", "refuse", "stored", "status", "serve", "frames", "recipient", "kms_join"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -107,6 +115,7 @@ class Answer(_message.Message):
     PULL_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    RECIPIENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ready(self) -> Global___Ready: ...
     @_builtins.property
@@ -129,6 +138,8 @@ class Answer(_message.Message):
     def progress(self) -> Global___Progress: ...
     @_builtins.property
     def failed(self) -> Global___Failed: ...
+    @_builtins.property
+    def recipient(self) -> Global___RecipientDocument: ...
     def __init__(
         self,
         *,
@@ -143,12 +154,13 @@ class Answer(_message.Message):
         pull: Global___Pull | None = ...,
         progress: Global___Progress | None = ...,
         failed: Global___Failed | None = ...,
+        recipient: Global___RecipientDocument | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "awaiting", b"awaiting", "failed", b"failed", "joined", b"joined", "offered", b"offered", "op", b"op", "progress", b"progress", "pull", b"pull", "ready", b"ready", "released", b"released", "rostered", b"rostered", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "awaiting", b"awaiting", "failed", b"failed", "joined", b"joined", "offered", b"offered", "op", b"op", "progress", b"progress", "pull", b"pull", "ready", b"ready", "recipient", b"recipient", "released", b"released", "rostered", b"rostered", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "awaiting", b"awaiting", "failed", b"failed", "joined", b"joined", "offered", b"offered", "op", b"op", "progress", b"progress", "pull", b"pull", "ready", b"ready", "released", b"released", "rostered", b"rostered", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attested", b"attested", "awaiting", b"awaiting", "failed", b"failed", "joined", b"joined", "offered", b"offered", "op", b"op", "progress", b"progress", "pull", b"pull", "ready", b"ready", "recipient", b"recipient", "released", b"released", "rostered", b"rostered", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["ready", "offered", "attested", "joined", "rostered", "awaiting", "released", "state", "pull", "progress", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_op: _TypeAlias = _typing.Literal["ready", "offered", "attested", "joined", "rostered", "awaiting", "released", "state", "pull", "progress", "failed", "recipient"]  # noqa: Y015
     _WhichOneofArgType_op: _TypeAlias = _typing.Literal["op", b"op"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_op) -> _WhichOneofReturnType_op | None: ...
 
@@ -418,6 +430,86 @@ class Joined(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Joined: _TypeAlias = Joined  # noqa: Y015
+
+@_typing.final
+class Recipient(_message.Message):
+    """Asks for a document with a fresh RSA key, for one call of KMS that decrypts the ciphertext of a party's KMS join. The uploads
+    stand in its order. A join that is admitted already is answered by Joined.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    COSE_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    cose: _builtins.bytes
+    @_builtins.property
+    def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedUpload]: ...
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        cose: _builtins.bytes = ...,
+        uploads: _abc.Iterable[Global___SignedUpload] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cose", b"cose", "session", b"session", "uploads", b"uploads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Recipient: _TypeAlias = Recipient  # noqa: Y015
+
+@_typing.final
+class RecipientDocument(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    document: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        document: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecipientDocument: _TypeAlias = RecipientDocument  # noqa: Y015
+
+@_typing.final
+class KmsJoin(_message.Message):
+    """The same join with CiphertextForRecipient, which KMS answered to the last document for this join. Each document has one answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    COSE_FIELD_NUMBER: _builtins.int
+    UPLOADS_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    cose: _builtins.bytes
+    answer: _builtins.bytes
+    @_builtins.property
+    def uploads(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedUpload]: ...
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        cose: _builtins.bytes = ...,
+        uploads: _abc.Iterable[Global___SignedUpload] | None = ...,
+        answer: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "cose", b"cose", "session", b"session", "uploads", b"uploads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KmsJoin: _TypeAlias = KmsJoin  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,46 +13,10 @@ from typing import Any
 import pytest
 
 from parley.cli import exits
-from parley.cli.app import run
-from parley_deploy.demo import DEMOS, agreement_members, agreement_text
-from parley_deploy.pki import LocalRoot
 from parley_protocol import limits
-from parley_protocol.identity import PrivateIdentity, dump_public
 from parley_protocol.measurement import measure, measurements_json
+from support.command_line import Parley, agreement_folder
 from support.images import image, signer
-
-Result = tuple[int, str, str]
-Parley = Callable[..., Result]
-
-
-@pytest.fixture
-def parley(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Parley:
-    """Runs a command line in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("PARLEY_")]:
-        monkeypatch.delenv(name)
-
-    def call(*arguments: str) -> Result:
-        capsys.readouterr()
-        code = run(arguments)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
-
-
-def agreement_folder(folder: Path, name: str = "pay") -> Path:
-    """The files of a demo's agreement with fresh keys, a fresh root and made-up measurements."""
-    demo = DEMOS[name]
-    (folder / "keys").mkdir(parents=True)
-    for member in agreement_members(demo):
-        (folder / "keys" / f"{member}.pub").write_bytes(dump_public(PrivateIdentity.generate(os.urandom).public))
-    (folder / "simulated-root.pem").write_bytes(LocalRoot.create(1_790_000_000_000).pem)
-    registers = {f"PCR{index}": bytes([index + 1]).hex() * 48 for index in range(3)}
-    (folder / "measurements.json").write_text(json.dumps({"Measurements": registers}))
-    (folder / demo.file).write_text(agreement_text(demo))
-    return folder / demo.file
-
 
 # Keys and contacts
 
@@ -311,6 +273,7 @@ def test_measure_says_whether_an_agreement_accepts_the_image(parley: Parley, tmp
     assert said["accepted"] is False and "measurement" not in said
     code, out, said = ask("signed.eif")
     assert code == exits.Exit.REFUSED and "no longer accepted: measurement 3 of 3" in out
+    assert "warning" not in out
     assert (said["accepted"], said["measurement"], said["until"]) == (False, 3, "2026-01-31")
     recorded(tmp_path / "draft", "other.eif", ramdisks=[b"boot", b"other"])
     code, out, said = ask("other.eif")

@@ -55,6 +55,8 @@ def test_a_notice_comes_fourteen_days_before_the_end() -> None:
     assert "2027-01-31 (14 more days)" in (found.notice(end - 14 * DAY_MS) or "")
     assert "(1 more day)" in (found.notice(end - 2 * DAY_MS + 1) or "")
     assert "(today is its last day)" in (found.notice(end - 1) or "")
+    # No amendment comes in time any more.
+    assert found.notice(end) is None
     assert AcceptedImage(1, 2, OLD).notice(end) is None
 
 

@@ -21,7 +21,7 @@ from parley.state import Joined, SignedRoster
 from parley_protocol.chain import ChainState
 from parley_protocol.errors import MalformedError, StateError, VerificationError
 from parley_protocol.identity import PrivateIdentity
-from parley_protocol.transcript import Countersignature, Join
+from parley_protocol.transcript import Countersignature, Join, Receipt
 from support.client import frame_of
 from support.paperwire import Desk, PaperSession, both_join, session_of
 
@@ -105,11 +105,12 @@ def test_a_crash_while_joining_leaves_a_join_that_can_be_sent_or_made_anew(
     ada = desk.members["ada"]
     session = opened.paper.offer.session
     joined = ada.state.joined(session)
-    assert joined is not None and made.join == joined.join.digest
+    assert joined is not None and isinstance(made, Receipt) and made.join == joined.join.digest
     # A second join, of which the process is killed.
     roster_key = Ed25519PrivateKey.generate()
     public = roster_key.public_key().public_bytes_raw()
     before = joined.join
+    assert isinstance(before, Join)
     join = Join(before.offer, before.party, before.uploads, before.sealed_keys, before.share_digest, public)
     again = Joined(
         *(joined.session, joined.series, joined.agreement, joined.head, joined.offer, joined.document, joined.view),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from parley import transport
 from parley.transport import Transport
 from parley_coordinator import tls
 from parley_protocol.agreement.signed import sign
@@ -136,3 +137,73 @@ def test_another_server_is_not_spoken_to(coordinator: Coordinator, w: World, tmp
 def test_events_go_on_after_a_number(ada: Transport) -> None:
     first = next(ada.events(0, b"", 5.0))
     assert next(ada.events(first.number - 1, b"", 5.0)) == first
+
+
+class Slept:
+    """What the pauses were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pauses: list[float] = []
+        self.now = 0.0
+        monkeypatch.setattr(transport.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(transport.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def failing(times: int, error: Callable[[], Exception], before: Callable[[], None] = lambda: None) -> Callable[[], str]:
+    """Work that fails some times and then does not."""
+    left = [times]
+
+    def work() -> str:
+        before()
+        if left[0]:
+            left[0] -= 1
+            raise error()
+        return "done"
+
+    return work
+
+
+def test_pauses_grow_with_jitter_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = Slept(monkeypatch)
+    with pytest.raises(UnavailableError):
+        Transport._again(failing(999, lambda: UnavailableError("away")), 60.0)
+    assert 55 < slept.now <= 60
+    assert len(slept.pauses) < 40
+    assert all(0.5 * 0.2 <= pause <= 1.5 * 5.0 for pause in slept.pauses)
+    assert slept.pauses[0] < 0.31 and max(slept.pauses) > 2.5
+    assert len(set(slept.pauses)) == len(slept.pauses)
+
+
+def test_the_time_that_is_asked_for_is_kept_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = Slept(monkeypatch)
+    for _ in range(50):
+        Transport._again(failing(1, lambda: UnavailableError("busy", code="busy", retry_after_ms=4000)), 60.0)
+    assert all(4.0 <= pause <= 5.0 for pause in slept.pauses)
+    assert max(slept.pauses) - min(slept.pauses) > 0.3
+    with pytest.raises(UnavailableError):
+        Transport._again(failing(1, lambda: UnavailableError("full", retry_after_ms=90_000)), 60.0)
+
+
+@pytest.mark.parametrize("code", ["conflict", "lost", "internal", "quota"])
+def test_what_would_be_refused_again_is_not_asked_again(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    slept = Slept(monkeypatch)
+    with pytest.raises(RefusedError):
+        Transport._again(failing(1, lambda: RefusedError(code)), 60.0)
+    assert slept.pauses == []
+
+
+def test_a_call_that_was_held_is_made_again_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A join of a large table: each attempt lasts as long as it may, and the enclave reads on meanwhile."""
+    slept = Slept(monkeypatch)
+
+    def held() -> None:
+        slept.now += transport.LONG_S
+
+    assert Transport._again(failing(20, lambda: UnavailableError("deadline"), held), 60.0) == "done"
+    with pytest.raises(UnavailableError):
+        Transport._again(failing(999, lambda: UnavailableError("deadline"), held), 60.0)
+    assert slept.now < 2 * (transport.WHOLE_S + 2 * transport.LONG_S)

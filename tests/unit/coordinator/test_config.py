@@ -37,6 +37,16 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "bucket", "prefix"),
+    [("s3://parley", "parley", ""), ("s3://parley/a/b", "parley", "a/b/"), ("s3://parley/a/", "parley", "a/")],
+)
+def test_blobs_in_a_bucket(tmp_path: Path, place: str, bucket: str, prefix: str) -> None:
+    found = config.from_tree({"store": {"blobs": place, "s3": {"region": "r"}, "keep": {"uploads_s": 0}}}, tmp_path)
+    assert found.s3 is not None
+    assert (found.s3.bucket, found.s3.prefix, found.s3.region, found.keep.uploads_s) == (bucket, prefix, "r", 0)
+
+
+@pytest.mark.parametrize(
     ("text", "field"),
     [
         ("lisen = 'x'", "lisen: no such field"),
@@ -45,6 +55,14 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
         ("[quota]\nbytes_per_member = 0", "quota.bytes_per_member: not a whole number from 1"),
         ("[quota]\nbytes_per_member = true", "quota.bytes_per_member"),
         ("[deadline]\nstatus_s = 0", "deadline.status_s"),
+        ("[store]\nblobs = 's3://X'", "store.blobs: 'X' is no name of a bucket"),
+        ("[store]\nblobs = 'gs://bucket/x'", "store.blobs: neither a folder nor s3://BUCKET/PREFIX"),
+        ("[store.s3]\npart_mib = 4", "store.s3.part_mib: not a whole number from 5"),
+        ("[store.s3]\naddressing = 'x'", "store.s3.addressing: 'x' is none of: auto, path, virtual"),
+        ("[store.keep]\nuploads_s = -1", "store.keep.uploads_s: not a number of seconds from 0"),
+        ("[store.keep]\nevery_s = 0", "store.keep.every_s: not a number of seconds above 0"),
+        ("[cluster]\nlease_s = 0", "cluster.lease_s"),
+        ("[telemetry]\nmetric = ''", "telemetry.metric: no such field"),
         ("[log]\nlevel = 'loud'", "log.level: 'loud' is none of"),
         ("[launcher]\nkind = 'cloud'", "launcher.kind: 'cloud' is none of: local, qemu, nitro"),
         ("[launcher.qemu]\naccel = 'hax'", "launcher.qemu.accel: 'hax' is none of: auto, kvm, tcg"),
@@ -59,6 +77,22 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
         ("[launcher.nitro]\nimage = ''", "launcher.nitro.image: not a text"),
         ("[launcher.nitro]\nroot = 'r'", "launcher.nitro.root: no such field"),
         ("[launcher.local]\ncommand = 'x'", "launcher.local.command: not a list"),
+        ("[kms]\nendpoint = 'kms'", "kms.endpoint: 'kms' does not match"),
+        ("[kms]\nattempts = 0", "kms.attempts: not a whole number from 1"),
+        ("[kms]\nread_s = 0", "kms.read_s: not a number of seconds"),
+        ("[kms]\nsession = 'a b'", "kms.session: 'a b' does not match"),
+        ("[kms.account]\n1 = 2", "kms.account.1: not a table"),
+        ("[kms.account.1]", "kms.account.1: not the 12 digits of an account"),
+        ("[kms.account.111122223333]\nrole = 'parley'", "kms.account.111122223333.role: 'parley' does not match"),
+        ("[kms.account.111122223333]\nrolle = ''", "kms.account.111122223333.rolle: no such field"),
+        (
+            "[kms.account.111122223333]\nrole = 'arn:aws:iam::111122223333:role/p'\nprofile = 'p'",
+            "kms.account.111122223333.profile: either a role or a profile",
+        ),
+        (
+            "[kms.account.111122223333]\nexternal_id = 'e'",
+            "kms.account.111122223333.external_id: goes with a role",
+        ),
         ("reflection = 'yes'", "reflection: neither true nor false"),
         ("a = [", "c.toml"),
     ],
@@ -100,7 +134,7 @@ def test_the_page_of_the_operator_has_every_field(tmp_path: Path, repository: Pa
     template = config.TEMPLATE.format(listen="127.0.0.1:7443")
     fields, section = set(), ""
     for line in template.splitlines()[2:]:
-        if header := re.match(r"\[([a-z.]+)\]", line):
+        if header := re.match(r"\[([a-z0-9.]+)\]", line):
             section = header[1] + "."
         elif name := re.match(r"(?:# )?([a-z_]+) = ", line):
             fields.add(section + name[1])
@@ -110,6 +144,6 @@ def test_the_page_of_the_operator_has_every_field(tmp_path: Path, repository: Pa
         name
         for line in table.splitlines()
         if line.startswith("| `")
-        for name in re.findall(r"`([a-z_.]+)`", line.split("|")[1])
+        for name in re.findall(r"`([a-z0-9_.]+)`", line.split("|")[1])
     }
     assert told == fields

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,12 +25,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from parley_coordinator import config as configuration
-from parley_coordinator import doctor, doctor_host, doctor_system, tls
+from parley_coordinator import doctor, doctor_host, doctor_system, migrations, tls
 from parley_coordinator.__main__ import main
 from parley_coordinator.config import Config
 from parley_coordinator.doctor_system import Check, System, Verdict
+from parley_coordinator.models import REVISION
 from parley_coordinator.store import Store
 from parley_protocol import measurement
+from support import postgres, s3
 from support.nitro_host import NitroHost, tiny_image
 
 NOW = datetime(2027, 1, 15, 12, tzinfo=UTC)
@@ -62,6 +66,7 @@ class Parent:
             environ={"HOME": str(folder / "home")},
             user=os.geteuid(),
             files=65536,
+            free=lambda folder: 64 << 30,
         )
         place = folder / "c"
         tls.make(place / "tls.crt", place / "tls.key", ["relay.example.org"], NOW)
@@ -69,7 +74,6 @@ class Parent:
         tiny_image(place / "parley.eif")
         tree = {
             "launcher": {"kind": "nitro", "nitro": {"command": ["echo", "Nitro CLI 1.5.0"]}},
-            "quota": {"bytes_per_member": 1},
             "listen": "127.0.0.1:0",
         }
         self.config = configuration.from_tree(tree, place)
@@ -130,6 +134,7 @@ def test_a_machine_that_is_well(parent: Parent) -> None:
         "cpus",
         "nitro-cli",
         "vsock",
+        "owner",
         "image",
         "memory",
         "folder",
@@ -358,14 +363,72 @@ def test_folders_are_private_and_can_be_written(parent: Parent, monkeypatch: pyt
     assert found.verdict is FAIL and "No space left" in found.found
 
 
-@pytest.mark.parametrize(("free", "verdict"), [(1 << 20, FAIL), (2 << 30, WARN), (8 << 30, OK)])
-def test_room_for_what_a_member_may_store(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, free: int, verdict: Verdict
-) -> None:
-    usage = shutil.disk_usage(parent.root)._replace(free=free)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    config = replace(parent.config, quotas=replace(parent.config.quotas, bytes_per_member=4 << 30))
-    assert examined(parent, "space", config).verdict is verdict
+def room(parent: Parent, free: int) -> Check:
+    return doctor.space(parent.config, replace(parent.system, free=lambda folder: free))
+
+
+def test_room_is_measured_where_the_blobs_are(parent: Parent) -> None:
+    asked: list[Path] = []
+
+    def free(folder: Path) -> int:
+        asked.append(folder)
+        return 5 << 30
+
+    assert doctor.space(parent.config, replace(parent.system, free=free)).found.startswith("5 GiB free;")
+    assert asked == [parent.config.folder], "the nearest folder that is there"
+    assert doctor_system.free(parent.root) > 0
+
+
+@pytest.mark.parametrize(("free", "verdict"), [(1 << 20, FAIL), (3 << 30, WARN), (5 << 30, OK)])
+def test_room_to_begin(parent: Parent, free: int, verdict: Verdict) -> None:
+    assert room(parent, free).verdict is verdict
+    assert not (parent.config.folder / "coordinator.db").exists(), "the doctor makes nothing"
+
+
+def test_room_for_what_is_begun_and_for_the_largest_table_once_more(parent: Parent) -> None:
+    uploads = [(b"1", 9 << 30, 2 << 30, None), (b"2", 12 << 30, 12 << 30, 5), (b"3", 1 << 30, 0, None)]
+    store = Store(parent.config.database)
+    with closing(sqlite3.connect(parent.config.folder / "coordinator.db")) as connection, connection:
+        # Without their agreement: a connection of its own asks for no foreign keys.
+        connection.executemany(
+            "INSERT INTO uploads (digest, size, stored, complete_ms, agreement, party, table_name, cose, owner, begun_ms)"
+            " VALUES (?, ?, ?, ?, x'', '', '', x'', x'', 1)",
+            uploads,
+        )
+    # Of those that are begun 7 GiB and 1 GiB are missing, and the largest has 12.
+    for free, verdict in (((20 << 30) - 1, WARN), (20 << 30, OK)):
+        found = room(parent, free)
+        assert found.verdict is verdict
+        assert "begun lack 8 GiB, the largest one has 12 GiB" in found.found
+    store.close()
+    assert room(parent, 20 << 30).found == found.found
+
+
+def test_the_user_is_the_one_whose_enclaves_they_are(parent: Parent) -> None:
+    assert examined(parent, "owner").found.startswith("enclaves will belong to ")
+    folder = parent.config.nitro.folder
+    folder.mkdir()
+    entry = {"agreement": "ab", "begun_ms": 1, "id": "i-0-enc0aa", "cid": 16, "doomed": False}
+    (folder / f"parley-00000000-{'0' * 16}.json").write_text(json.dumps(entry))
+    (folder / f"parley-00000000-{'1' * 16}.json").write_text(json.dumps({**entry, "id": ""}))
+    for name in ("0aa", "0bb"):
+        parent.write(f"/run/nitro_enclaves/{name}.sock", "")
+
+    def check(user: int, owners: dict[Path, int]) -> Check:
+        system = replace(parent.system, user=user, owner=lambda path: owners.get(path))
+        return doctor_host.owner(parent.config.nitro, system)
+
+    ours, foreign = (parent.system.path(f"/run/nitro_enclaves/{name}.sock") for name in ("0aa", "0bb"))
+    mine = {folder: 70001, ours: 70001, foreign: 70002}
+    assert check(70001, mine).verdict is OK
+    assert check(0, mine) == Check("owner", OK, "the enclaves belong to user 70001")
+    found = check(70002, mine)
+    assert found.verdict is FAIL
+    assert found.found.endswith("belong to user 70001; this is user 70002")
+    assert found.do.startswith("run the coordinator, and this, as user 70001:")
+    # The folder was given to another user while an enclave runs.
+    assert check(70001, {**mine, ours: 70003}).verdict is FAIL
+    assert doctor_system.owner(folder) == os.geteuid() and doctor_system.owner(folder / "none") is None
 
 
 def test_the_database_opens(parent: Parent) -> None:
@@ -379,6 +442,55 @@ def test_the_database_opens(parent: Parent) -> None:
     open_elsewhere.close()
     path.write_bytes(b"no database at all" * 100)
     assert examined(parent, "database").verdict is FAIL
+
+
+def test_a_database_of_before_and_one_of_after(parent: Parent) -> None:
+    path = parent.config.folder / "coordinator.db"
+    vector = Path(__file__).resolve().parent.parent.parent / "vectors" / "coordinator_v1.sql"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(vector.read_text("utf-8"))
+    connection.close()
+    found = examined(parent, "database")
+    assert (found.verdict, f"tables of revision 0001, which the start brings to {REVISION}" in found.found) == (
+        OK,
+        True,
+    )
+    Store(parent.config.database).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    found = examined(parent, "database")
+    assert (found.verdict, found.do) == (FAIL, "update this program")
+
+
+def test_a_postgresql(parent: Parent) -> None:
+    with postgres.cluster(fsync=True) as own:
+        config = replace(parent.config, database=own.database())
+        found = examined(parent, "database", config)
+        assert (found.verdict, found.do) == (FAIL, "parley-coordinator migrate")
+        assert "no tables" in found.found
+        migrations.migrate(config.database)
+        found = examined(parent, "database", config)
+        assert (found.verdict, f"tables of revision {REVISION}" in found.found) == (OK, True)
+        own.execute("UPDATE alembic_version SET version_num = '9999'", config.database.split("/")[3].split("?")[0])
+        assert examined(parent, "database", config).do == "update this program"
+
+
+def test_a_postgresql_that_forgets(parent: Parent, cluster: postgres.Cluster) -> None:
+    found = examined(parent, "database", replace(parent.config, database=cluster.migrated()))
+    assert (found.verdict, found.do) == (FAIL, "set fsync = on in postgresql.conf")
+
+
+def test_a_bucket(parent: Parent) -> None:
+    with s3.server() as url:
+        found = examined(parent, "bucket", replace(parent.config, s3=s3.bucket(url)))
+        assert (found.verdict, "written, read, deleted from and listed" in found.found) == (OK, True)
+        missing = replace(s3.bucket(url), bucket="parley-none")
+        found = examined(parent, "bucket", replace(parent.config, s3=missing))
+        assert (found.verdict, "parley-none cannot be opened" in found.found) == (FAIL, True)
+        away = replace(missing, endpoint_url="http://127.0.0.1:1")
+        found = examined(parent, "bucket", replace(parent.config, s3=away))
+        assert (found.verdict, "EndpointConnectionError" in found.found) == (FAIL, True)
 
 
 def test_a_database_by_url_keeps_its_password(parent: Parent) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -72,18 +73,17 @@ class Never:
         self._end.set()
 
 
-def begin(client: Client, method: str, requests: Never, metadata: object = None) -> grpc.Future[object]:
+def begin(client: Client, method: str, requests: Never, metadata: Any = None) -> Any:
     """A call that sends its head, and then what `requests` brings."""
-    call = client.channel.stream_unary(
+    call: Any = client.channel.stream_unary(
         f"/{server.SERVICE}/{method}",
         request_serializer=lambda message: message.SerializeToString(),
         response_deserializer=bytes,
     )
-    found: grpc.Future[object] = call.future(iter(requests), metadata=metadata or client.metadata(), timeout=60)
-    return found
+    return call.future(iter(requests), metadata=metadata or client.metadata(), timeout=60)
 
 
-def ended(call: grpc.Future[object]) -> tuple[str, float]:
+def ended(call: Any) -> tuple[str, float]:
     """The code with which a call ends, and how long that takes."""
     started = time.monotonic()
     error = call.exception(timeout=30)
@@ -92,7 +92,7 @@ def ended(call: grpc.Future[object]) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("method", ["Inbox", "PutAgreement", "GetSession"])
-def test_a_request_that_does_not_arrive_ends_the_call(ann: Client, method: str) -> None:
+def test_crd_23_a_request_that_does_not_arrive_ends_the_call(ann: Client, method: str) -> None:
     requests = Never()
     code, seconds = ended(begin(ann, method, requests))
     requests.end()
@@ -100,7 +100,7 @@ def test_a_request_that_does_not_arrive_ends_the_call(ann: Client, method: str) 
     assert REQUEST_S * 0.5 < seconds < REQUEST_S + 5
 
 
-def test_who_is_a_stranger_is_told_before_anything_is_received(coordinator: Coordinator) -> None:
+def test_crd_23_who_is_a_stranger_is_told_before_anything_is_received(coordinator: Coordinator) -> None:
     for identity, metadata, code in ((STRANGER, None, "stranger"), (MEMBERS["ann"], (("x", "y"),), "signature")):
         client = Client(coordinator.address, coordinator.certificate, identity)
         requests = Never()
@@ -110,7 +110,7 @@ def test_who_is_a_stranger_is_told_before_anything_is_received(coordinator: Coor
         assert (found, seconds < REQUEST_S * 0.9) == (code, True)
 
 
-def test_an_upload_that_says_nothing_ends_and_what_came_is_stored(ann: Client) -> None:
+def test_crd_23_an_upload_that_says_nothing_ends_and_what_came_is_stored(ann: Client) -> None:
     table = sealed()
     first = pb.UploadRequest(begin=pb.UploadBegin(cose=table.cose))
     requests = Never()
@@ -126,7 +126,7 @@ def test_an_upload_that_says_nothing_ends_and_what_came_is_stored(ann: Client) -
     assert ann.upload(table, 1000).complete
 
 
-def test_a_key_has_some_calls_under_way_and_no_more(coordinator: Coordinator, ann: Client) -> None:
+def test_crd_23_a_key_has_some_calls_under_way_and_no_more(coordinator: Coordinator, ann: Client) -> None:
     held = [ann.stub.Watch(pb.WatchRequest(after=0), metadata=ann.metadata(), timeout=60) for _ in range(CALLS)]
     for stream in held:
         next(stream)
@@ -152,7 +152,7 @@ def test_a_key_has_some_calls_under_way_and_no_more(coordinator: Coordinator, an
 
 
 @pytest.mark.parametrize("method", ["PutAgreement", "PutJoin"])
-def test_a_message_that_is_too_large_is_refused(ann: Client, method: str) -> None:
+def test_crd_23_a_message_that_is_too_large_is_refused(ann: Client, method: str) -> None:
     field = "canonical" if method == "PutAgreement" else "cose"
     request = getattr(pb, f"{method}Request")(**{field: bytes(limits.RPC_BYTES + 1)})
     with pytest.raises(grpc.RpcError) as caught:
@@ -183,7 +183,7 @@ def closed_after(connection: socket.socket) -> float:
     return time.monotonic() - started
 
 
-def test_who_connects_and_says_nothing_is_cut_off(coordinator: Coordinator) -> None:
+def test_crd_23_who_connects_and_says_nothing_is_cut_off(coordinator: Coordinator) -> None:
     with connect(coordinator) as connection:
         assert closed_after(connection) < HANDSHAKE_S + 8
 
@@ -231,7 +231,7 @@ def test_connections_are_bounded(coordinator: Coordinator) -> None:
 
 def test_who_has_to_prove_no_key_takes_no_place_of_the_others(coordinator: Coordinator, ann: Client) -> None:
     with grpc.secure_channel(coordinator.address, grpc.ssl_channel_credentials(coordinator.certificate)) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         streams = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(20)]
         for stream in streams:
             assert next(stream).status == health_pb2.HealthCheckResponse.SERVING

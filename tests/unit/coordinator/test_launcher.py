@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ import os, socket, sys, time
 folder = sys.argv[sys.argv.index("--dir") + 1]
 if "--fail" in sys.argv:
     sys.exit("no module here")
+if "--slow" in sys.argv:
+    with open(folder + "/begun.part", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(folder + "/begun.part", folder + "/begun")
+    while not os.path.exists(os.path.dirname(sys.argv[0]) + "/go"):
+        time.sleep(0.01)
 ready, tell = os.pipe()
 if os.fork() == 0:
     os.setsid()
@@ -125,6 +132,50 @@ def test_what_does_not_start_is_unavailable_and_leaves_nothing(tmp_path: Path, c
             launcher.launch(wanted(FIRST))
         assert caught.value.code == "unavailable"
         assert [path for path in (tmp_path / "e").iterdir() if path.is_dir()] == []
+
+
+def test_a_launch_under_way_has_a_place_and_holds_nobody_up(tmp_path: Path, command: tuple[str, ...]) -> None:
+    first = LocalLauncher(Local(command, tmp_path / "e"), 2).launch(wanted(FIRST))
+    launcher = LocalLauncher(Local((*command, "--slow"), tmp_path / "e", start_s=20), 2)
+    with ThreadPoolExecutor(1) as pool:
+        launch = pool.submit(launcher.launch, wanted(SECOND))
+        until(lambda: any((tmp_path / "e").glob("*/begun")))
+        assert launcher.find() == [first]
+        with pytest.raises(UnavailableError) as caught:
+            launcher.launch(wanted(FIRST))
+        assert caught.value.code == "no-capacity"
+        launcher.stop(first)
+        assert launcher.find() == [] and not launch.done()
+        (tmp_path / "go").touch()
+        handle = launch.result()
+    assert launcher.find() == [handle] and handle.agreement == SECOND
+    launcher.stop(handle)
+
+
+def test_closing_ends_a_launch_under_way_and_no_enclave(tmp_path: Path, command: tuple[str, ...]) -> None:
+    first = LocalLauncher(Local(command, tmp_path / "e"), 4).launch(wanted(FIRST))
+    launcher = LocalLauncher(Local((*command, "--slow"), tmp_path / "e", start_s=20), 4)
+    with ThreadPoolExecutor(1) as pool:
+        launch = pool.submit(launcher.launch, wanted(SECOND))
+        until(lambda: any((tmp_path / "e").glob("*/begun")))
+        (begun,) = (tmp_path / "e").glob("*/begun")
+        pid = int(begun.read_text())
+        assert alive(pid)
+        launcher.close()
+        with pytest.raises(UnavailableError, match="stopping"):
+            launch.result()
+    assert not begun.parent.exists() and not alive(pid)
+    with pytest.raises(UnavailableError, match="stopping"):
+        launcher.launch(wanted(SECOND))
+    assert launcher.find() == [first]
+    launcher.stop(first)
+
+
+def test_a_launch_that_takes_too_long_is_ended(tmp_path: Path, command: tuple[str, ...]) -> None:
+    launcher = LocalLauncher(Local((*command, "--slow"), tmp_path / "e", start_s=0.5), 4)
+    with pytest.raises(UnavailableError, match="did not start"):
+        launcher.launch(wanted(FIRST))
+    assert [path for path in (tmp_path / "e").iterdir() if path.is_dir()] == []
 
 
 def test_paths_that_no_socket_can_have_are_a_config_error(tmp_path: Path, command: tuple[str, ...]) -> None:

@@ -88,7 +88,7 @@ def test_one_holder_at_a_time(store: Clock) -> None:
     assert (a.elsewhere(1), a.take(1, first=False)) == ("b:1", None)
 
 
-def test_who_was_overtaken_changes_nothing(store: Clock) -> None:
+def test_crd_22_who_was_overtaken_changes_nothing(store: Clock) -> None:
     a, b = leases(store, "a"), leases(store, "b")
     old = a.take(1, first=False)
     assert old is not None

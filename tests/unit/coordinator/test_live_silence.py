@@ -18,6 +18,7 @@ from parley_protocol.errors import UnavailableError
 from support.desk import NOW, Desk, make_agreement
 
 HANDLE = EnclaveHandle("e", b"", "vsock:16:5005")
+LOCAL = EnclaveHandle("e", b"", "unix:e/enclave.sock")
 
 
 class Launcher:
@@ -28,7 +29,7 @@ class Launcher:
         self.stopped: list[EnclaveHandle] = []
 
     def alive(self, handle: EnclaveHandle) -> bool:
-        assert handle == HANDLE
+        assert handle in (HANDLE, LOCAL)
         return self._alive
 
     def stop(self, handle: EnclaveHandle) -> None:
@@ -38,7 +39,7 @@ class Launcher:
 class Silent(Live):
     """A live session whose enclave's address is tried by `attempt`."""
 
-    def __init__(self, desk: Desk, launcher: Launcher) -> None:
+    def __init__(self, desk: Desk, launcher: Launcher, handle: EnclaveHandle = HANDLE) -> None:
         agreement = make_agreement()
         desk.sign(agreement)
         with desk.store.write() as session:
@@ -66,8 +67,8 @@ class Silent(Live):
             store=desk.store, clock=desk.clock, launcher=launcher, deadlines=deadlines, leases=desk.leases
         )
         self._world = cast("Any", world)
-        self._handle = HANDLE
-        self._channel = relay.Channel(HANDLE.address)
+        self._handle = handle
+        self._channel = relay.Channel(handle.address)
         self._session = b"s" * 16
         self._lock = threading.RLock()
         self._epoch = 0
@@ -93,7 +94,7 @@ def desk(tmp_path: Path, database: str) -> Iterator[Desk]:
 def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]], None]:
     def make(kind: type[UnavailableError]) -> None:
         def connect(address: str, timeout_s: float = 1.0) -> Any:
-            assert address == HANDLE.address
+            assert address in (HANDLE.address, LOCAL.address)
             raise kind("no answer")
 
         monkeypatch.setattr(relay, "connect", connect)
@@ -101,14 +102,31 @@ def silence(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[UnavailableError]
     return make
 
 
+@pytest.mark.parametrize(
+    ("kind", "handle"), [(UnavailableError, HANDLE), (UnavailableError, LOCAL), (relay.GoneError, HANDLE)]
+)
 def test_an_enclave_that_is_silent_and_alive_is_waited_for(
-    desk: Desk, silence: Callable[[type[UnavailableError]], None]
+    desk: Desk,
+    silence: Callable[[type[UnavailableError]], None],
+    kind: type[UnavailableError],
+    handle: EnclaveHandle,
 ) -> None:
-    silence(UnavailableError)
+    # Over vsock a full queue says the same as a port where nothing listens.
+    silence(kind)
     launcher = Launcher(alive=True)
-    live = Silent(desk, launcher)
+    live = Silent(desk, launcher, handle)
     live.tick()
     assert (live.phase, launcher.stopped) == ("open", [])
+
+
+def test_a_local_enclave_whose_socket_is_gone_is_lost(
+    desk: Desk, silence: Callable[[type[UnavailableError]], None]
+) -> None:
+    silence(relay.GoneError)
+    launcher = Launcher(alive=True)
+    live = Silent(desk, launcher, LOCAL)
+    live.tick()
+    assert (live.phase, launcher.stopped) == ("lost", [LOCAL])
 
 
 @pytest.mark.parametrize("kind", [UnavailableError, relay.GoneError])

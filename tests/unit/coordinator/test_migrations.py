@@ -24,10 +24,20 @@ FIRST = (ROOT / "vectors" / "coordinator_v1.sql").read_text("utf-8")
 """A database as `parley-coordinator` made it before there were migrations, with one row of most kinds."""
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> str:
+KMS_JOINS = """
+CREATE TABLE kms_joins (
+    agreement BLOB NOT NULL, party TEXT NOT NULL, digest BLOB NOT NULL, number INTEGER NOT NULL, cose BLOB NOT NULL,
+    at_ms INTEGER NOT NULL, PRIMARY KEY (agreement, party), FOREIGN KEY(agreement) REFERENCES agreements (digest)
+);
+INSERT INTO kms_joins VALUES (X'61', 'ann', X'64', 1, X'63', 8);
+"""
+"""What the last programs before migrations had besides."""
+
+
+@pytest.fixture(params=["first", "last"])
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with sqlite3.connect(tmp_path / "old.db") as connection:
-        connection.executescript(FIRST)
+        connection.executescript(FIRST + (KMS_JOINS if request.param == "last" else ""))
     connection.close()
     return f"sqlite:///{tmp_path / 'old.db'}"
 

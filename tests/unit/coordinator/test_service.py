@@ -87,7 +87,7 @@ def test_crd_3_a_stranger_gets_nothing_from_any_method(coordinator: Coordinator)
         stranger.upload(table(100).sealed[0])
     assert code_of(caught.value) == "stranger"
     service = pb.DESCRIPTOR.services_by_name["Coordinator"]
-    assert len(service.methods) == 17
+    assert len(service.methods) == 18
     for method in service.methods:
         if method.client_streaming:
             continue

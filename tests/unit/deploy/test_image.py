@@ -7,6 +7,7 @@ import io
 import os
 import random
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from parley_deploy.debian import Archive
+from parley_deploy.image import __main__ as command_line
 from parley_deploy.image import build, contents, cpio, eif, sandbox
 from parley_deploy.image.__main__ import main
 from parley_deploy.image.errors import ImageError
@@ -160,7 +162,7 @@ def test_packages_that_are_handed_over_are_taken_by_digest(tmp_path: Path) -> No
         lock.release, {name: Package(name, "1", hashlib.sha256(data).hexdigest()) for name, data in files.items()}
     )
     nowhere = Archive(tmp_path / "cache", ["none"])
-    found = own.fetch(nowhere, tmp_path)
+    found = own.fetch(nowhere, [tmp_path / "cache/debs", tmp_path])
     assert {name: path.read_bytes() for name, path in found.items()} == files
 
 
@@ -172,13 +174,13 @@ def test_a_package_that_is_not_the_locked_one_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(archive, "update", lambda: None)
     monkeypatch.setattr(archive, "download", lambda packages: dict.fromkeys(packages, other))
     with pytest.raises(ImageError, match=r"is not the package of the lock \(SHA-256\)"):
-        lock.fetch(archive, None)
+        lock.fetch(archive, [archive.debs])
 
 
 def test_a_suite_that_has_moved_on_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARLEY_DEBIAN_MIRROR", f"file://{tmp_path}/nothing")
     with pytest.raises(ImageError, match=r"--packages.*PARLEY_DEBIAN_MIRROR.*make image-lock"):
-        Lock.load(HERE / PACKAGES).fetch(Archive(tmp_path / "cache", [contents.SUITE]), None)
+        Lock.load(HERE / PACKAGES).fetch(Archive(tmp_path / "cache", [contents.SUITE]), [])
 
 
 @pytest.mark.parametrize("text", ["", "numpy==1\n", "numpy==1 \\\n    --hash=sha256:00\n", "https://x/y.whl\n"])
@@ -225,16 +227,54 @@ def test_what_of_the_packages_is_in_the_image(name: str, stays: bool) -> None:
     ("name", "stays"),
     [
         ("numpy/_core/numeric.py", True),
+        ("numpy/_core/_multiarray_umath.cpython-313-x86_64-linux-gnu.so", True),
+        ("numpy/_core/_multiarray_tests.cpython-313-x86_64-linux-gnu.so", False),
         ("numpy/tests/test_all.py", False),
         ("numpy/f2py/x.py", False),
+        ("numpy/random/mtrand.so", False),
         ("numpy.libs/libscipy_openblas.so", True),
-        ("numpy-2.dist-info/METADATA", True),
-        ("numpy-2.dist-info/RECORD", False),
+        ("numpy-2.dist-info/licenses/LICENSE", True),
+        ("numpy-2.dist-info/METADATA", False),
+        ("cryptography-50.dist-info/sboms/x.json", False),
         ("numpy/__init__.pyi", False),
+        ("cffi/api.py", False),
+        ("_cffi_backend.cpython-313-x86_64-linux-gnu.so", True),
     ],
 )
 def test_what_of_the_wheels_is_in_the_image(name: str, stays: bool) -> None:
+    assert contents.wheel_keeps(name) is stays
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [
+        ("parley_enclave/pool.py", True),
+        ("parley_enclave/pool.py.orig", False),
+        ("parley_enclave/.pool.py.swp", False),
+        ("parley_enclave/__pycache__/pool.cpython-311.pyc", False),
+        ("parley_enclave/init.py", False),
+        ("parley_protocol/attestation/aws_nitro_root_g1.pem", True),
+        ("parley_protocol/v1/enclave_pb2.py", True),
+        ("parley_protocol/v1/enclave.proto", False),
+        ("parley_protocol/v1/coordinator_pb2_grpc.py", False),
+        ("parley_protocol/measurement.py", False),
+    ],
+)
+def test_what_of_ours_is_in_the_image(name: str, stays: bool) -> None:
     assert contents.application_keeps(name) is stays
+
+
+def test_what_git_does_not_have_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["init", "-q"], ["config", "user.name", "x"], ["config", "user.email", "x@example.org"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "kept.py").write_text("1")
+    subprocess.run(["git", "add", "kept.py"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "commit", "-q", "-m", "x"], cwd=tmp_path, check=True)
+    monkeypatch.setattr(command_line, "installed", lambda package: tmp_path)
+    assert command_line.changed() == []
+    (tmp_path / "kept.py").write_text("2")
+    (tmp_path / "stray.py").write_text("3")
+    assert sorted(set(command_line.changed())) == ["kept.py", "stray.py"]
 
 
 def test_the_command_line_of_the_kernel_is_aws_own_with_modules_and_the_processors_clock() -> None:

@@ -76,7 +76,7 @@ def test_a_file_that_is_no_public_key_is_an_error(folder: Path, tmp_path: Path) 
         stack.allow([tmp_path / "x.pub"])
 
 
-@pytest.mark.parametrize(("name", "members"), [("flights", 18), ("pay", 9)])
+@pytest.mark.parametrize(("name", "members"), [("flights", 18), ("pay", 9), ("kms", 9)])
 def test_demos_know_their_members_and_rules(name: str, members: int) -> None:
     found = DEMOS[name]
     names = demo.agreement_members(found)

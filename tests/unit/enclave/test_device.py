@@ -19,10 +19,10 @@ from parley_deploy.nsm import LocalRoot, SimulatedNsm, serve
 from parley_deploy.pki import system_now_ms
 from parley_enclave import device as module
 from parley_enclave.device import Device, KernelDevice, SocketDevice, open_device, require_private
-from parley_enclave.nsm import Nsm
+from parley_enclave.nsm import Nsm, NsmError
 from parley_protocol import limits
 from parley_protocol.encoding import decode, encode
-from parley_protocol.errors import MalformedError, UnavailableError
+from parley_protocol.errors import UnavailableError
 
 RAW = struct.Struct("=QQQQ")
 
@@ -175,7 +175,7 @@ def test_random_bytes_come_through_the_device_however_few_at_a_time() -> None:
 def test_a_module_that_gives_no_more_random_bytes_ends_the_loop() -> None:
     answers = iter([bytes(8), b""])
     device = KernelDevice("/dev/null", Driver(lambda _: encode({"GetRandom": {"random": next(answers)}})))
-    with pytest.raises(MalformedError, match="random"):
+    with pytest.raises(NsmError, match="random"):
         Nsm(device).random(40)
     device.close()
 

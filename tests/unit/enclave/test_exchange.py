@@ -23,11 +23,21 @@ def test_a_parcel_arrives_with_its_parts_and_its_file() -> None:
             target=exchange.send, args=(left, ["scan", 3, None], parts), kwargs={"fds": [file.fileno()]}
         )
         sender.start()
-        parcel, fds = exchange.receive(right)
+        parcel, fds = exchange.receive_with_files(right)
         sender.join()
         assert (parcel.fields, parcel.parts) == (["scan", 3, None], parts)
         assert len(fds) == 1 and os.fstat(fds[0]).st_rdev == os.fstat(file.fileno()).st_rdev
         os.close(fds[0])
+
+
+def test_files_that_nobody_asked_for_are_not_kept() -> None:
+    left, right = socket.socketpair()
+    with left, right, open(os.devnull) as file:
+        before = os.listdir("/proc/self/fd")
+        for _ in range(200):
+            exchange.send(left, ["progress", 1], fds=[file.fileno()])
+            assert exchange.receive(right).fields == ["progress", 1]
+        assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("cut", [0, 1, 11, 12, 15, 27])

@@ -82,6 +82,7 @@ FILES = {
     "proc/cmdline": "reboot=k panic=30 virtio_mmio.device=4K@0xd0000000:5 virtio-mmio.device=4K@0xd0001000:6 random.trust_cpu=on\n",
     "proc/sys/kernel/modules_disabled": "0\n",
     "proc/sys/kernel/kptr_restrict": "0\n",
+    "proc/sys/kernel/yama/ptrace_scope": "1\n",
     "proc/sys/kernel/cap_last_cap": "40\n",
     "modules/list": "vsock.ko\nvirtio-mmio.ko\nnsm.ko\n",
     "modules/vsock.ko": "1",
@@ -148,13 +149,15 @@ def test_it_imports_nothing_but_the_standard_library() -> None:
 
 def test_mounts_are_bounded_and_run_nothing(boot: Boot, machine: Machine) -> None:
     init.mount(boot)
-    nosuid, nodev, noexec = 2, 4, 8
+    nosuid, nodev, noexec, noatime = 2, 4, 8, 1024
     mounts = {entry[2]: entry for entry in machine.did}
     assert list(mounts) == ["proc", "sys", "dev", "run", "tmp"]
     for place, (_, _, _, kind, flags, data) in mounts.items():
         assert isinstance(flags, int) and flags & nosuid and flags & noexec
         assert bool(flags & nodev) == (place != "dev")
-        assert (kind == "tmpfs") == ("size=" in str(data))
+        assert (kind in ("proc", "sysfs")) == (not flags & noatime), "a read leaves a trace"
+        if kind == "tmpfs":
+            assert data == "mode=0700,size=1m,nr_inodes=64", "root's alone, and bounded in bytes and in names"
         assert (boot.root / str(place)).is_dir()
     assert mounts["proc"][5] == "hidepid=2"
 
@@ -195,7 +198,15 @@ def test_settings_are_closed_where_the_kernel_has_them(boot: Boot) -> None:
     init.settings(boot)
     assert boot.read("proc/sys/kernel/modules_disabled") == "1"
     assert boot.read("proc/sys/kernel/kptr_restrict") == "2"
+    assert boot.read("proc/sys/kernel/yama/ptrace_scope") == "3"
     assert not (boot.root / "proc/sys/kernel/kexec_load_disabled").exists()
+
+
+@pytest.mark.parametrize("name", ["kernel/modules_disabled", "kernel/yama/ptrace_scope"])
+def test_settings_on_which_claims_rest_are_there(boot: Boot, name: str) -> None:
+    (boot.root / "proc/sys" / name).unlink()
+    with pytest.raises(InitError, match=f"the kernel has no {name}"):
+        init.settings(boot)
 
 
 def test_a_setting_that_does_not_hold_is_an_error(boot: Boot) -> None:
@@ -524,9 +535,11 @@ def test_as_pid_1_it_mounts_starts_reaps_and_ends(namespaces: list[str], tmp_pat
     assert report["after"] == ["0" * 16], "under the workers' uid: none"
     assert report["nnp"] == "1"
     assert report["seen"] == [report["pid"]], "no other process is seen, and no dead one is left"
-    assert report["tmp"] == "written"
+    assert report["tmp"] == errno.EACCES, "root's alone"
     assert report["written"] == [errno.EROFS] * 3, "the root, the kernel's settings, and sysfs"
-    assert {"noexec", "nosuid", "nodev", "size=1024k"} <= set(report["options"]["/tmp"].split(","))
+    for place in ("/tmp", "/run"):
+        bounds = {"noexec", "nosuid", "nodev", "noatime", "mode=700", "size=1024k", "nr_inodes=64"}
+        assert bounds <= set(report["options"][place].split(","))
     assert {"ro", "noexec"} <= set(report["options"]["/sys"].split(","))
     assert "hidepid=invisible" in report["options"]["/proc"]
     assert report["arguments"][1:3] == ["--workers", str(len(os.sched_getaffinity(0)))]

@@ -17,7 +17,7 @@ from parley_enclave.nsm import Nsm, NsmError
 from parley_protocol import limits
 from parley_protocol.attestation.document import extended, parse_unverified
 from parley_protocol.encoding import encode
-from parley_protocol.errors import MalformedError, UnavailableError
+from parley_protocol.errors import UnavailableError
 
 PCRS = {index: bytes([index + 1]) * 48 for index in range(3)}
 
@@ -116,9 +116,16 @@ def test_ses_9_time_is_the_modules_and_goes_on_by_the_monotonic_clock(
         encode(["GetRandom"]),
     ],
 )
-def test_an_answer_that_is_none_is_malformed(answer: bytes) -> None:
-    with pytest.raises(MalformedError):
+def test_an_answer_that_is_none_is_the_modules_fault_and_no_callers(answer: bytes) -> None:
+    with pytest.raises(NsmError) as refused:
         Nsm(Answers(answer)).random(8)
+    assert refused.value.code == "internal"
+
+
+def test_a_document_that_cannot_be_read_is_the_modules_fault() -> None:
+    with pytest.raises(NsmError, match="a document that is none") as refused:
+        Nsm(Answers(encode({"Attestation": {"document": b"no document"}}))).attest()
+    assert refused.value.code == "internal"
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -204,6 +207,36 @@ def test_a_real_worker_says_where_it_failed_and_no_value() -> None:
                 pool.submit(Task(["admit", "secret-value"], (b"\xff",))).result(timeout=60)
             assert failed.value.place.startswith("ValueError at worker.py:")
             assert "secret" not in failed.value.place
+    finally:
+        pool.close()
+
+
+_HANDS_FILES_OVER = """
+import socket, sys
+from parley_enclave import exchange
+control = socket.socket(fileno=int(sys.argv[-1]))
+_, (serve,) = exchange.receive_with_files(control)
+for _ in range(200):
+    exchange.send(control, ["progress", 1], fds=[serve])
+exchange.send(control, ["done"], fds=[serve])
+exchange.receive(control)
+"""
+
+
+def test_a_worker_uses_up_no_files_of_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "worker.py").write_text(_HANDS_FILES_OVER)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/worker.py "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    pool = Pool(1)
+    told: list[int] = []
+    try:
+        with offered(pool):
+            before = len(os.listdir("/proc/self/fd"))
+            assert pool.submit(Task(["scan", 0], progress=told.append)).result(timeout=60) == ()
+            assert len(told) == 200
+            assert len(os.listdir("/proc/self/fd")) == before
     finally:
         pool.close()
 

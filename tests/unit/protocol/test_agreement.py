@@ -510,3 +510,61 @@ def test_a_release_that_may_not_fit_is_refused() -> None:
         AgreementError, match=r"outputs: sealed to each of their recipients they may take 2\d{8} bytes, more"
     ):
         build(_with_labels(60) | {"outputs": base["outputs"]}, read)
+
+
+ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+OTHER_ARN = "arn:aws:kms:us-east-1:444455556666:key/4234abcd-12ab-34cd-56ef-1234567890ab"
+
+
+def test_a_party_may_keep_its_keys_under_its_own_kms_key() -> None:
+    found = build(tree("flights") | {"kms": {"UA": OTHER_ARN, "AA": ARN}}, read)
+    assert list(found.kms) == ["AA", "UA"], "in the members' order"
+    key = found.kms["AA"]
+    assert (key.text, key.account, key.region, str(key)) == (ARN, "111122223333", "eu-central-1", ARN)
+    assert parse(found.canonical) == found and parse(found.canonical).kms == found.kms
+    assert found.digest != agreement("flights").digest
+    assert build(tree("flights") | {"kms": {}}, read) == agreement("flights")
+
+
+def test_agr_6_an_empty_map_of_keys_is_left_out() -> None:
+    with pytest.raises(MalformedError, match="not the canonical form"):
+        parse(changed(lambda form: form.update(kms=[])))
+    with pytest.raises(MalformedError, match="not the canonical form"):
+        parse(changed(lambda form: form.update(kms=[["UA", OTHER_ARN], ["AA", ARN]])))
+
+
+@pytest.mark.parametrize(
+    ("kms", "path", "message"),
+    [
+        ({"nobody": ARN}, "kms.nobody", "no member 'nobody'"),
+        ({"analyst": ARN}, "kms.analyst", "brings no table: there is nothing that its key would hold"),
+        ({"AA": ARN, "UA": ARN}, "kms.UA", "is the key of AA too: each party keeps its content keys under its own"),
+        ({"AA": "key"}, "kms.AA", "key is not the ARN of a KMS key, arn:aws:kms:REGION:ACCOUNT:key/ID"),
+        ({"AA": ARN.replace("key/", "alias/")}, "kms.AA", "is an alias, which can be moved to another key"),
+        ({"AA": ARN.replace(":kms:", ":s3:")}, "kms.AA", "is not the ARN of a KMS key"),
+        ({"AA": ARN.replace("111122223333", "1111")}, "kms.AA", "is not the ARN of a KMS key"),
+        ({"AA": ARN + "\n"}, "kms.AA", "is not the ARN of a KMS key"),
+        ({"AA": ARN.rpartition("/")[0] + "/mrk-" + "0" * 32}, "kms.AA", "is a multi-Region key"),
+        ({"AA": [ARN]}, "kms.AA", "is a list, not a text"),
+        ([ARN], "kms", "is a list, not a map of names to values"),
+    ],
+)
+def test_a_key_that_is_none_of_a_party_is_refused(kms: Tree, path: str, message: str) -> None:
+    with pytest.raises(AgreementError) as caught:
+        build(tree("flights") | {"kms": kms}, read)
+    (problem,) = caught.value.problems
+    assert problem.path == path and message in problem.message
+
+
+def test_notes_say_what_a_kms_key_costs_and_what_its_policy_revokes() -> None:
+    base = tree("flights") | {"kms": {"AA": ARN}}
+    found = [(level, path, message) for level, path, message in notes(base) if path == "kms.AA"]
+    assert [level for level, _, _ in found] == [Level.WARNING, Level.NOTE]
+    assert "neither forward secret nor post-quantum" in found[0][2]
+    assert "AA can revoke by the policy of its key until an enclave has got the keys of a session" in found[1][2]
+    assert any(path == "measurements[0]" and "no `until`" in message for _, path, message in notes(base))
+    session = base["session"]
+    assert isinstance(session, dict)
+    standing = base | {"session": {**session, "consent": "standing"}}
+    assert any(path == "kms.AA" and "is needed for no run" in message for _, path, message in notes(standing))
+    assert not [path for _, path, _ in notes(tree("flights")) if path.startswith("kms")]

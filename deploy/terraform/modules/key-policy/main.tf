@@ -81,8 +81,10 @@ locals {
           "kms:EnableKeyRotation",
           "kms:GetKeyPolicy",
           "kms:GetKeyRotationStatus",
+          "kms:ListGrants",
           "kms:ListResourceTags",
           "kms:PutKeyPolicy",
+          "kms:RevokeGrant",
           "kms:ScheduleKeyDeletion",
           "kms:TagResource",
           "kms:UntagResource",
@@ -95,7 +97,7 @@ locals {
         Sid       = "Seal"
         Effect    = "Allow"
         Principal = { AWS = var.sealers }
-        Action    = ["kms:DescribeKey", "kms:Encrypt", "kms:GetKeyPolicy"]
+        Action    = ["kms:DescribeKey", "kms:Encrypt", "kms:GetKeyPolicy", "kms:ListGrants"]
         Resource  = "*"
         Condition = null
       },

@@ -1,0 +1,152 @@
+"""KMS: the keys of parties, asked with an enclave's document; the one module that speaks to it.
+
+What comes back opens in the enclave alone. Neither ciphertexts nor documents nor answers are logged, and an answer in the
+clear, which only something that is no KMS would give, is refused and not kept. boto3 is imported at the first call, so that a
+coordinator whose agreements name no key needs none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from parley_coordinator import log
+from parley_coordinator.config import KmsAccount, KmsConfig
+from parley_protocol.agreement.key_arn import KeyArn
+from parley_protocol.errors import RefusedError, UnavailableError
+
+if TYPE_CHECKING:
+    from types_boto3_kms import KMSClient
+
+ALGORITHM: Final = "RSAES_OAEP_SHA_256"
+REVOKED: Final = frozenset(
+    {"AccessDeniedException", "DisabledException", "KMSInvalidStateException", "NotFoundException"}
+)
+"""What a key says that its owner has closed: by its policy, by disabling it, by deleting it."""
+WRONG: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException", "InvalidKeyUsageException"})
+"""What a key says of a ciphertext that is not its own, or of another context."""
+BUSY: Final = frozenset(
+    {"ThrottlingException", "LimitExceededException", "DependencyTimeoutException", "KMSInternalException"}
+)
+_OWN_ACCOUNT: Final = "identity-based policy"
+"""Stands in a denial by the policies of the caller itself, which are the operator's."""
+RETRY_MS: Final = 5_000
+OPERATOR_RETRY_MS: Final = 60_000
+"""What only the operator can mend is not asked for every few seconds."""
+_EARLY_S: Final = 300.0
+"""Assumed roles are renewed so long before they end."""
+
+
+class Keys(Protocol):
+    """What sessions ask for."""
+
+    def decrypt(self, key: KeyArn, ciphertext: bytes, context: Mapping[str, str], document: bytes) -> bytes:
+        """CiphertextForRecipient. RefusedError "revoked" where the key's owner has closed it, "key" where the ciphertext is
+        not this key's; UnavailableError with a time to wait for all else (kms-14)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    client: KMSClient
+    ends: float
+    """By the monotonic clock."""
+
+
+class Kms:
+    """KMS by boto3, with a client for each account and region."""
+
+    def __init__(self, config: KmsConfig, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[str, str, str], _Client] = {}
+
+    def decrypt(self, key: KeyArn, ciphertext: bytes, context: Mapping[str, str], document: bytes) -> bytes:
+        """See `Keys`."""
+        try:
+            import botocore.exceptions as errors
+        except ImportError:
+            raise _operator("boto3 is not installed here", key) from None
+        try:
+            answer = self._client(key).decrypt(
+                KeyId=key.text,
+                CiphertextBlob=ciphertext,
+                EncryptionContext=context,
+                EncryptionAlgorithm="SYMMETRIC_DEFAULT",
+                Recipient={"KeyEncryptionAlgorithm": ALGORITHM, "AttestationDocument": document},
+            )
+        except errors.ClientError as error:
+            raise self._told(error.response, error.operation_name, key) from None
+        except (errors.NoCredentialsError, errors.PartialCredentialsError, errors.ProfileNotFound) as error:
+            raise _operator(f"no credentials: {type(error).__name__}", key) from None
+        except errors.BotoCoreError as error:
+            log.warning("kms-away", account=key.account, region=key.region, error=type(error).__name__)
+            raise UnavailableError("KMS does not answer", retry_after_ms=RETRY_MS) from None
+        found = answer.get("CiphertextForRecipient")
+        if not found or answer.get("Plaintext"):
+            raise _operator("what answers is no KMS: it does not know recipients", key)
+        return found
+
+    def _told(self, response: Mapping[str, Any], operation: str, key: KeyArn) -> RefusedError | UnavailableError:
+        found = response.get("Error", {})
+        code, message = str(found.get("Code", "")), str(found.get("Message", ""))
+        log.warning("kms-refuses", account=key.account, region=key.region, operation=operation, error=code)
+        if operation != "Decrypt" or (code == "AccessDeniedException" and _OWN_ACCOUNT in message):
+            # The operator's own role or policies; nothing that a party could have revoked.
+            return _operator(f"{operation} is refused to this coordinator: {code}", key)
+        if code in REVOKED:
+            return RefusedError("revoked", f"the key of account {key.account} refuses: {code}")
+        if code in WRONG:
+            return RefusedError("key", f"the ciphertext is not of the key of account {key.account}")
+        if code in BUSY or int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)) >= 500:
+            return UnavailableError("KMS is busy", retry_after_ms=RETRY_MS)
+        return _operator(f"KMS refuses the request: {code}", key)
+
+    def _client(self, key: KeyArn) -> KMSClient:
+        place = (key.partition, key.account, key.region)
+        with self._lock:
+            known = self._clients.get(place)
+            if known is None or self._monotonic() > known.ends:
+                known = self._clients[place] = self._made(key)
+            return known.client
+
+    def _made(self, key: KeyArn) -> _Client:
+        import boto3
+        from botocore.config import Config
+
+        account = self._config.accounts.get(key.account, KmsAccount())
+        # Standard mode waits between attempts by exponential back-off with jitter, 20 s at most.
+        options = Config(
+            connect_timeout=self._config.connect_s,
+            read_timeout=self._config.read_s,
+            retries={"mode": "standard", "total_max_attempts": self._config.attempts},
+        )
+        session = boto3.Session(profile_name=account.profile or None, region_name=key.region)
+        ends = float("inf")
+        if account.role:
+            sts = session.client("sts", endpoint_url=self._config.sts_endpoint or None, config=options)
+            wanted: dict[str, Any] = {"RoleArn": account.role, "RoleSessionName": self._config.session}
+            if account.external_id:
+                wanted["ExternalId"] = account.external_id
+            found = sts.assume_role(**wanted)["Credentials"]
+            seconds = (found["Expiration"] - datetime.now(UTC)).total_seconds()
+            ends = self._monotonic() + max(0.0, seconds - _EARLY_S)
+            session = boto3.Session(
+                aws_access_key_id=found["AccessKeyId"],
+                aws_secret_access_key=found["SecretAccessKey"],
+                aws_session_token=found["SessionToken"],
+                region_name=key.region,
+            )
+        endpoint = account.endpoint or self._config.endpoint or None
+        return _Client(session.client("kms", endpoint_url=endpoint, config=options), ends)
+
+
+def _operator(what: str, key: KeyArn) -> UnavailableError:
+    log.warning("kms-not-possible", account=key.account, region=key.region, why=what)
+    return UnavailableError(
+        f"keys of account {key.account} cannot be asked for: {what}", retry_after_ms=OPERATOR_RETRY_MS
+    )
