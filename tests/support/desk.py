@@ -12,8 +12,8 @@ from parley_coordinator.agreements import Agreements
 from parley_coordinator.blobs import BlobStore, Directory
 from parley_coordinator.config import Quotas
 from parley_coordinator.inbox import Inbox
-from parley_coordinator.leases import Leases
-from parley_coordinator.models import Operator
+from parley_coordinator.leases import Lease, Leases
+from parley_coordinator.models import Operator, SessionRow
 from parley_coordinator.node import Identity
 from parley_coordinator.releases import Releases
 from parley_coordinator.store import Store
@@ -25,6 +25,7 @@ from parley_protocol.identity import PrivateIdentity
 from support.enclave import Party, Sealed, Simulation, agreement_of, identities, rows_of
 
 NOW = 1_800_000_000_000
+SESSION = b"s" * 16
 MEMBERS: Mapping[str, PrivateIdentity] = identities(["ann", "bob", "cyd"])
 STRANGER = PrivateIdentity.generate(os.urandom)
 MEASURED = image_measurements(None)
@@ -70,6 +71,26 @@ class Desk:
         self.agreements.put(key("ann"), agreement.canonical)
         for name in names or agreement.members:
             self.agreements.sign(key(name), agreement.digest, name, sign(agreement, name, MEMBERS[name]))
+
+    def open(self, agreement: Agreement) -> tuple[int, Lease]:
+        """An open session of an agreement that is here, with no enclave behind it: its number and its lease."""
+        with self.store.write() as session:
+            row = SessionRow(
+                session=SESSION,
+                agreement=agreement.digest,
+                series=agreement.series,
+                begin=b"b" * 16,
+                phase="open",
+                offer=b"o",
+                document=b"d",
+                start=None,
+                roster=None,
+                opened_ms=NOW,
+                ended_ms=None,
+            )
+            session.add(row)
+            session.flush()
+            return row.number, self.leases.add(session, row.number)
 
     def sealed(self, agreement: Agreement, name: str, rows: int = 1000) -> Sealed:
         """A party's sealed table."""

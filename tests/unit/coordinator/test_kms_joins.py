@@ -104,24 +104,7 @@ class Enclave(Live):
     """A live session whose enclave answers by `answers`, in turn, and notes what it was asked."""
 
     def __init__(self, made: Put, decrypt: Callable[..., bytes], *answers: pb.Answer | Exception) -> None:
-        with made.desk.store.write() as session:
-            row = SessionRow(
-                session=b"s" * 16,
-                agreement=AGREEMENT.digest,
-                series=AGREEMENT.series,
-                begin=b"b" * 16,
-                phase="open",
-                offer=b"o",
-                document=b"d",
-                start=None,
-                roster=None,
-                opened_ms=NOW,
-                ended_ms=None,
-            )
-            session.add(row)
-            session.flush()
-            self._number = row.number
-            self._lease = made.desk.leases.add(session, row.number)
+        self._number, self._lease = made.desk.open(AGREEMENT)
         self.kms = SimpleNamespace(decrypt=decrypt)
         world = SimpleNamespace(
             store=made.desk.store,

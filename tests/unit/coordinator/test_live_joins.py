@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from parley_coordinator import live
 from parley_coordinator.live import Live
-from parley_coordinator.models import JoinRow, SessionRow
+from parley_coordinator.models import JoinRow
 from parley_protocol.errors import RefusedError
 from support.desk import NOW, Desk, make_agreement
 
@@ -25,24 +25,7 @@ class Waiting(Live):
     def __init__(self, desk: Desk) -> None:
         agreement = make_agreement()
         desk.sign(agreement)
-        with desk.store.write() as session:
-            row = SessionRow(
-                session=b"s" * 16,
-                agreement=agreement.digest,
-                series=agreement.series,
-                begin=b"b" * 16,
-                phase="open",
-                offer=b"o",
-                document=b"d",
-                start=None,
-                roster=None,
-                opened_ms=NOW,
-                ended_ms=None,
-            )
-            session.add(row)
-            session.flush()
-            self._number = row.number
-            self._lease = desk.leases.add(session, row.number)
+        self._number, self._lease = desk.open(agreement)
         self._world = cast("Any", SimpleNamespace(store=desk.store, clock=desk.clock, leases=desk.leases))
         self._lock = threading.RLock()
         self._epoch = 0

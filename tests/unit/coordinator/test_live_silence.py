@@ -42,25 +42,9 @@ class Silent(Live):
     def __init__(self, desk: Desk, launcher: Launcher, handle: EnclaveHandle = HANDLE) -> None:
         agreement = make_agreement()
         desk.sign(agreement)
+        self._number, self._lease = desk.open(agreement)
         with desk.store.write() as session:
-            row = SessionRow(
-                session=b"s" * 16,
-                agreement=agreement.digest,
-                series=agreement.series,
-                begin=b"b" * 16,
-                phase="open",
-                offer=b"o",
-                document=b"d",
-                start=None,
-                roster=None,
-                opened_ms=NOW,
-                ended_ms=None,
-            )
-            session.add(row)
-            session.flush()
-            self._number = row.number
-            self._lease = desk.leases.add(session, row.number)
-            join = JoinRow(number=row.number, digest=b"j", party="ann", cose=b"", receipt=b"r", code="", at_ms=NOW)
+            join = JoinRow(number=self._number, digest=b"j", party="ann", cose=b"", receipt=b"r", code="", at_ms=NOW)
             session.add(join)
         deadlines = SimpleNamespace(short_s=1.0)
         world = SimpleNamespace(
