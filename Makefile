@@ -78,7 +78,8 @@ bench: $(READY)
 	$(BIN)/python tests/bench/run.py $(ARGS)
 
 load: $(READY)
-	timeout 1800 $(BIN)/python tests/bench/run.py --only load --json load.json $(ARGS)
+	mkdir -p build
+	timeout 1800 $(BIN)/python tests/bench/run.py --only load --json build/load.json $(ARGS)
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py
