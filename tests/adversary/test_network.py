@@ -26,6 +26,7 @@ from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1.coordinator_pb2_grpc import CoordinatorStub
 from support.coordinator import Client, Coordinator, Play, code_of
 from support.enclave import Party, Simulation, agreement_of, identities, rows_of
+from support.kms import PaperKms
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -80,6 +81,7 @@ def calls(play: Play, by: PrivateIdentity) -> dict[str, Callable[[Client], Any]]
         "GetSession": call("GetSession", pb.SessionRef(session=session)),
         "Attest": call("Attest", pb.AttestRequest(session=session, nonce=bytes(32))),
         "PutJoin": call("PutJoin", pb.PutJoinRequest(session=session, cose=signature)),
+        "PutKmsJoin": call("PutKmsJoin", pb.PutKmsJoinRequest(cose=play.parties["bob"].kms_join(PaperKms()).cose)),
         "Start": call("Start", pb.StartRequest(session=session, cose=start)),
         "GetRoster": call("GetRoster", pb.SessionRef(session=session)),
         "PutCountersignature": call("PutCountersignature", pb.PutCountersignatureRequest(session=session, cose=start)),

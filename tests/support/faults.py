@@ -84,10 +84,15 @@ class Copied(Coordinator):
         self.process = None
         self.address = ""
         self.clients = []
+        self.database = f"sqlite:///{folder / 'coordinator.db'}"
+        self.enclaves_folder = folder / "e"
+        self.tree = None
         file = folder / "coordinator.toml"
         text = file.read_text().replace('"127.0.0.1:0"', f'"127.0.0.1:{_port()}"')
+        # The configuration names the first coordinator's own places.
+        text = text.replace(str(stage.folder / "made" / "c"), str(folder))
         if blobs is not None:
-            text = text.replace("[launcher.local]", f'[store]\nblobs = "{blobs}"\n[launcher.local]')
+            text = text.replace('blobs = "blobs"', f'blobs = "{blobs}"')
         file.write_text(text)
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
