@@ -415,10 +415,14 @@ class Session:
             if key is None:
                 raise StateError(f"the agreement names no KMS key of {self.name}", code="agreement")
             self.check_kms_key(key)
-            if known is not None and known[0].uploads == uploads and self._usable(known[0]):
+            same = known is not None and known[0].uploads == uploads
+            refused = self.status().refused.get(self.name, "")
+            if known is not None and same and not refused and self._usable(known[0]):
                 join, cose = known
             else:
-                join, cose = self._new_kms_join(uploads, key)
+                # A join that was refused is not tried again, so the same one would change nothing (kms-14). Where the key
+                # was closed, its ciphertext is still good.
+                join, cose = self._new_kms_join(uploads, None if same and refused == "revoked" else key)
             self._transport.put_kms_join(cose)
             _tell(progress, "join", 1, 1)
             return join

@@ -220,6 +220,19 @@ def test_a_join_that_is_refused_is_told(stage: Stage, code: str) -> None:
     assert len(stage.kept()) == 1
 
 
+@pytest.mark.parametrize(("code", "encrypted"), [("revoked", 1), ("key", 2)])
+def test_kms_14_a_refused_join_is_followed_by_another_one(stage: Stage, code: str, encrypted: int) -> None:
+    opened = stage.wire.open()
+    first = stage.submit(opened)
+    opened.refused["ada"] = code
+    second = stage.submit(opened)
+    assert second.number > first.number and second.uploads == first.uploads
+    assert (second.ciphertext == first.ciphertext) == (code == "revoked")
+    assert len(stage.key.encrypted) == encrypted and not opened.refused
+    # It is good: nothing more is made.
+    assert stage.submit(opened) == second
+
+
 def test_a_restored_backup_cannot_sign_and_joins_anew(stage: Stage, tmp_path: Path) -> None:
     opened = stage.wire.open()
     first = stage.submit(opened)
