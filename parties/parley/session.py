@@ -884,7 +884,9 @@ class Session:
         kms = [join for join, _ in self._state.kms_joins(self.agreement.digest)]
         if mine.join in {join.digest for join in kms}:
             return False
-        return joined is not None and mine.uploads != joined.join.uploads
+        if joined is None or isinstance(joined.join, KmsJoin):
+            return bool(kms)
+        return mine.uploads != joined.join.uploads
 
     def _move(self, release: Release) -> None:
         """Moves the head to the release's record; the record must follow what is known, or what is known follow it."""
