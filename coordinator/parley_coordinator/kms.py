@@ -32,8 +32,15 @@ WRONG: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException",
 BUSY: Final = frozenset(
     {"ThrottlingException", "LimitExceededException", "DependencyTimeoutException", "KMSInternalException"}
 )
-_OWN_ACCOUNT: Final = "identity-based policy"
-"""Stands in a denial by the policies of the caller itself, which are the operator's."""
+_OPERATORS: Final = (
+    "identity-based policy",
+    "permissions boundary",
+    "service control policy",
+    "session policy",
+    "VPC endpoint policy",
+)
+"""Stand in a denial by what binds the caller itself, which is the operator's. Resource-based and resource control policies are
+of the key's own account and organisation."""
 RETRY_MS: Final = 5_000
 OPERATOR_RETRY_MS: Final = 60_000
 """What only the operator can mend is not asked for every few seconds."""
@@ -95,7 +102,9 @@ class Kms:
         found = response.get("Error", {})
         code, message = str(found.get("Code", "")), str(found.get("Message", ""))
         log.warning("kms-refuses", account=key.account, region=key.region, operation=operation, error=code)
-        if operation != "Decrypt" or (code == "AccessDeniedException" and _OWN_ACCOUNT in message):
+        if operation != "Decrypt" or (
+            code == "AccessDeniedException" and any(policy in message for policy in _OPERATORS)
+        ):
             # The operator's own role or policies; nothing that a party could have revoked.
             return _operator(f"{operation} is refused to this coordinator: {code}", key)
         if code in REVOKED:

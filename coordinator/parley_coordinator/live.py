@@ -81,6 +81,9 @@ RETRY_S: Final = 0.5
 KMS_PAUSE_S: Final = 2.0
 """Before KMS is asked again for the same join, at first; it doubles."""
 KMS_PAUSE_MOST_S: Final = 60.0
+KMS_UNOPENED: Final = 3
+"""So many answers to one join that the enclave does not open are followed by another document. An answer to a document that is
+no more the newest one, as that of a coordinator whose session was taken over, uses up the one that is (kms-10)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,7 @@ class Live:
         self._joining: dict[bytes, Future[tuple[bytes, str]]] = {}
         # When KMS is asked again, by the monotonic clock, and after how many times in vain.
         self._kms_later: dict[bytes, tuple[float, int]] = {}
+        self._kms_unopened: dict[bytes, int] = {}
         self._follower: threading.Thread | None = None
         self.percent = 0
         with world.store.read() as session:
@@ -487,13 +491,15 @@ class Live:
                 kms_context(join.agreement, join.party, join.uploads),
                 asked.recipient.document,
             )
-            joined = self._ask(
-                enclave_pb2.Ask(
-                    kms_join=enclave_pb2.KmsJoin(session=self._session, cose=cose, uploads=uploads, answer=answer)
-                ),
-                self._world.deadlines.join_s,
-                told,
-            )
+            request = enclave_pb2.KmsJoin(session=self._session, cose=cose, uploads=uploads, answer=answer)
+            try:
+                joined = self._ask(enclave_pb2.Ask(kms_join=request), self._world.deadlines.join_s, told)
+            except RefusedError as error:
+                unopened = self._kms_unopened.get(join.digest, 0)
+                if error.code != "key" or unopened >= KMS_UNOPENED:
+                    raise
+                self._kms_unopened[join.digest] = unopened + 1
+                raise UnavailableError("the answer of KMS did not open") from None
             return self._judged(join, cose, joined.joined.receipt, "")
         except RefusedError as error:
             if error.code in ADMISSION or error.code == "revoked":

@@ -7,6 +7,7 @@ inputs, unless it is told to by hand (REVIEW F2, F3, F7).
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """Called with a step's name (verify, read, sort, seal, upload, join, wait, compute, fetch), done and total."""
+
+_log: Final = logging.getLogger("parley")
 
 NOISE_SHARE: Final = b"parley/1/noise-share"
 _WAKE_S: Final = 10.0
@@ -415,10 +418,14 @@ class Session:
             if key is None:
                 raise StateError(f"the agreement names no KMS key of {self.name}", code="agreement")
             self.check_kms_key(key)
-            if known is not None and known[0].uploads == uploads and self._usable(known[0]):
+            same = known is not None and known[0].uploads == uploads
+            refused = self.status().refused.get(self.name, "")
+            if known is not None and same and not refused and self._usable(known[0]):
                 join, cose = known
             else:
-                join, cose = self._new_kms_join(uploads, key)
+                # A join that was refused is not tried again, so the same one would change nothing (kms-14). Where the key
+                # was closed, its ciphertext is still good.
+                join, cose = self._new_kms_join(uploads, None if same and refused == "revoked" else key)
             self._transport.put_kms_join(cose)
             _tell(progress, "join", 1, 1)
             return join
@@ -455,6 +462,38 @@ class Session:
         with self._state.joining(self.agreement.series):
             self._transport.put_kms_join(self._new_kms_join(join.uploads, None)[1])
 
+    def _used_up_join(self) -> KmsJoin | None:
+        """The KMS join that stands, where its one-time key is gone."""
+        known = self._state.kms_join(self.agreement.digest)
+        series = self._state.series(self.agreement.series)
+        if known is None or series is None or series.newest.agreement != self.agreement.digest:
+            return None
+        return None if self._usable(known[0]) else known[0]
+
+    def _renew_used_up(self) -> None:
+        """Sends the next KMS join, where the one-time key of the last one is gone, under `joining`. The coordinator brings
+        that one into the next session, which would have a roster that this member cannot sign.
+
+        What hinders it is told, not raised: it comes after what the member did, or saw."""
+        join = self._used_up_join()
+        if join is None:
+            return
+        try:
+            self._transport.put_kms_join(self._new_kms_join(join.uploads, None)[1])
+        except ParleyError as error:
+            _log.warning("your next join by KMS is not sent, join again (%s): %s", error.code, error)
+
+    def _renew_after(self) -> None:
+        """`_renew_used_up`, for who does not hold `joining`; nobody is waited for in vain."""
+        if self._used_up_join() is not None:
+            with self._state.joining(self.agreement.series):
+                self._renew_used_up()
+
+    def _see(self, view: View) -> None:
+        """Notes how this session ended; the one-time key of its join goes, and the next KMS join is made."""
+        self._state.see(self.id, view)
+        self._renew_after()
+
     def _adopted(self, joined: Joined | None, roster: Roster) -> Joined | None:
         """What is known of this session's join; where it is one by KMS, after the enclave was verified (kms-17)."""
         kms, entry = self._state.kms_join(self.agreement.digest), roster.entry(self.name)
@@ -466,6 +505,8 @@ class Session:
         with self._state.joining(self.agreement.series):
             verified = self._verify()
             self._leave_others(verified)
+            # The next one, where the key of this one went with a session that is lost.
+            kms = self._state.kms_join(self.agreement.digest) or kms
             made = Joined(
                 self.id,
                 self.agreement.series,
@@ -543,6 +584,7 @@ class Session:
                 phase = "lost"
             if phase == "lost":
                 self._state.see(other.session, View.LOST)
+                self._renew_used_up()
 
     def _new_join(self, verified: _Verified, uploads: tuple[bytes, ...]) -> Joined:
         offer, identity = verified.offer, self.member.identity
@@ -646,17 +688,17 @@ class Session:
         joined = self._joined(roster)
         if not needs_countersignatures(self.agreement):
             raise RefusedError("phase", "the agreement has standing consent: rosters are not signed")
-        signed = self._state.sign_roster(joined, cose, self._consenting(roster, by_hand=by_hand))
-        statement = Countersignature.from_bytes(payload_unverified(signed.countersignature))
-        proofs = {former.roster.digest: former for former in self._state.signed_rosters(signed.head)}
-        evidence = [proofs[digest] for digest in statement.former]
-        self._transport.put_countersignature(
-            self.id, signed.countersignature, [(item.offer, item.document, item.cose) for item in evidence]
-        )
-        kms = self._state.kms_join(self.agreement.digest)
-        if kms is not None and not self._usable(kms[0]):
-            # The next session needs nobody either.
-            self._renew_kms_join(kms[0])
+        try:
+            signed = self._state.sign_roster(joined, cose, self._consenting(roster, by_hand=by_hand))
+            statement = Countersignature.from_bytes(payload_unverified(signed.countersignature))
+            proofs = {former.roster.digest: former for former in self._state.signed_rosters(signed.head)}
+            evidence = [proofs[digest] for digest in statement.former]
+            self._transport.put_countersignature(
+                self.id, signed.countersignature, [(item.offer, item.document, item.cose) for item in evidence]
+            )
+        finally:
+            # The next session needs nobody either; least of all where the enclave died meanwhile.
+            self._renew_after()
         return self.status()
 
     def _consenting(
@@ -725,7 +767,7 @@ class Session:
             if status.phase == "released":
                 return status
             if status.phase == "lost":
-                self._state.see(self.id, View.LOST)
+                self._see(View.LOST)
                 raise RefusedError(
                     "lost", f"the session is lost ({status.code or 'no reason given'}): join the next one"
                 )
@@ -778,8 +820,27 @@ class Session:
             except RefusedError as error:
                 if error.code != "phase":  # it ended meanwhile
                     raise
+            except StateError:
+                roster = self.roster()
+                if roster is not None and not self._used_up(roster):
+                    raise
+                # It ends unsigned; what joins after it is the last KMS join, which may not have arrived yet.
+                last = self._state.kms_join(self.agreement.digest)
+                assert last is not None
+                self._transport.put_kms_join(last[1])
+                return False
             return True
         return False
+
+    def _used_up(self, roster: Roster) -> bool:
+        """Whether a roster lists a KMS join of this member's whose one-time key is gone, unsigned: nobody can sign it."""
+        entry = roster.entry(self.name)
+        if entry is None or self._state.has_roster_key(entry.roster_key):
+            return False
+        listed = (entry.uploads, entry.share_digest, entry.join, entry.roster_key)
+        kms = [join for join, _ in self._state.kms_joins(self.agreement.digest)]
+        own = [(join.uploads, join.share_digest, join.digest, join.roster_key) for join in kms]
+        return listed in own and self._state.signed_roster(roster.digest) is None
 
     # The release
 
@@ -792,7 +853,7 @@ class Session:
         release = Release.read(data, self.member)
         self._accept(release)
         self._state.keep_release(self.id, data)
-        self._state.see(self.id, View.RELEASED)
+        self._see(View.RELEASED)
         return release
 
     def fetch(self, path: str | Path, progress: Progress | None = None, *, opened: bool = False) -> Release:
@@ -823,7 +884,9 @@ class Session:
         kms = [join for join, _ in self._state.kms_joins(self.agreement.digest)]
         if mine.join in {join.digest for join in kms}:
             return False
-        return joined is not None and mine.uploads != joined.join.uploads
+        if joined is None or isinstance(joined.join, KmsJoin):
+            return bool(kms)
+        return mine.uploads != joined.join.uploads
 
     def _move(self, release: Release) -> None:
         """Moves the head to the release's record; the record must follow what is known, or what is known follow it."""

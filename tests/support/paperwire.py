@@ -136,6 +136,9 @@ class PaperWire:
         self.sent.append(("kms-join", signed))
         join = KmsJoin.from_bytes(cose.payload_unverified(signed))
         for found in self.sessions.values():
+            known = found.joins.get(join.party)
+            if known is not None and known.digest == join.digest:
+                continue  # a session tries each once
             if found.phase == "open" and found.paper.agreement.digest == join.agreement:
                 found.joins[join.party] = join
                 found.refused.pop(join.party, None)

@@ -13,7 +13,7 @@ from parley.kms import Key
 from parley_protocol import kms_policy
 from parley_protocol.agreement.model import Consent
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import RefusedError, StateError
+from parley_protocol.errors import RefusedError, StateError, UnavailableError
 from parley_protocol.kms_policy import Principals
 from parley_protocol.transcript import KmsJoin, key_commitment, kms_context, share_digest
 from support.client import frame_of
@@ -218,6 +218,111 @@ def test_a_join_that_is_refused_is_told(stage: Stage, code: str) -> None:
         session_of(stage, "ada", opened).wait(timeout_s=0.1)
     assert caught.value.code == code
     assert len(stage.kept()) == 1
+
+
+def usable(stage: Stage, first: KmsJoin) -> bool:
+    """Whether the last KMS join was sent, follows the first one, and can be signed with."""
+    last = stage.kept()[-1]
+    arrived = payload_unverified(stage.sent("kms-join")[-1]) == last.to_bytes()
+    same = (last.uploads, last.ciphertext) == (first.uploads, first.ciphertext)
+    return (
+        arrived and same and last.number > first.number and stage.members["ada"].state.has_roster_key(last.roster_key)
+    )
+
+
+def test_kms_17_a_lost_session_takes_the_key_and_the_next_join_is_sent(stage: Stage) -> None:
+    first, second = stage.wire.open(), stage.wire.open()
+    join = stage.submit(first)
+    stage.bea(first)
+    second.joins = dict(first.joins)
+    for opened in (first, second):
+        opened.issue()
+    assert first.roster is not None
+    session_of(stage, "ada", first).check_roster(first.roster)
+    first.phase = "lost"
+    # The second roster cannot be signed any more: that is waited for, and no error.
+    waiting = session_of(stage, "ada", second)
+    assert waiting.wait(timeout_s=0.1).phase == "rostered"
+    assert not stage.members["ada"].state.has_roster_key(join.roster_key) and usable(stage, join)
+    assert not stage.sent("countersignature")
+    # It ends, the coordinator brings the last join, and the next roster is signed.
+    second.phase, second.roster = "open", None
+    second.joins["ada"] = stage.kept()[-1]
+    second.issue()
+    session_of(stage, "ada", second).countersign()
+    assert len(stage.sent("countersignature")) == 1
+
+
+def test_kms_17_a_roster_with_an_altered_entry_is_no_roster_to_wait_for(stage: Stage) -> None:
+    opened = stage.wire.open()
+    stage.submit(opened)
+    stage.bea(opened)
+    roster = opened.issue()
+    opened.issue(included=tuple(replace(entry, roster_key=b"r" * 32) for entry in roster.included))
+    assert refusal(lambda: session_of(stage, "ada", opened).wait(timeout_s=0.1)).code == "roster"
+
+
+def test_kms_17_a_session_that_is_seen_lost_is_followed_by_the_next_join(stage: Stage) -> None:
+    opened = stage.wire.open()
+    join = stage.submit(opened)
+    stage.bea(opened)
+    roster = opened.issue()
+    session = session_of(stage, "ada", opened)
+    session.check_roster(roster)
+    opened.phase = "lost"
+    with pytest.raises(RefusedError, match="lost"):
+        session.wait(timeout_s=0.1)
+    assert usable(stage, join)
+
+
+def test_kms_17_an_enclave_that_dies_at_the_signature_does_not_stop_the_next_join(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = stage.wire.open()
+    join = stage.submit(opened)
+    stage.bea(opened)
+    opened.issue()
+
+    def lost(*_: object) -> None:
+        raise RefusedError("lost")
+
+    monkeypatch.setattr(stage.wire, "put_countersignature", lost)
+    with pytest.raises(RefusedError):
+        session_of(stage, "ada", opened).countersign()
+    assert usable(stage, join)
+
+
+def test_kms_17_a_consent_that_arrived_stands_also_where_the_next_join_does_not_arrive(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = stage.wire.open()
+    join = stage.submit(opened)
+    stage.bea(opened)
+    opened.issue()
+
+    def away(_: bytes) -> None:
+        raise UnavailableError("the coordinator does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.wire, "put_kms_join", away)
+        session_of(stage, "ada", opened).countersign()
+    assert len(stage.sent("countersignature")) == 1
+    assert "your next join by KMS is not sent" in caplog.text
+    session_of(stage, "ada", opened).join_by_kms(kms_key=cast("Key", stage.key))
+    assert usable(stage, join)
+
+
+@pytest.mark.parametrize(("code", "encrypted"), [("revoked", 1), ("key", 2)])
+def test_kms_14_a_refused_join_is_followed_by_another_one(stage: Stage, code: str, encrypted: int) -> None:
+    opened = stage.wire.open()
+    first = stage.submit(opened)
+    opened.refused["ada"] = code
+    second = stage.submit(opened)
+    assert second.number > first.number and second.uploads == first.uploads
+    assert (second.ciphertext == first.ciphertext) == (code == "revoked")
+    assert len(stage.key.encrypted) == encrypted and not opened.refused
+    # It is good: nothing more is made.
+    assert stage.submit(opened) == second
 
 
 def test_a_restored_backup_cannot_sign_and_joins_anew(stage: Stage, tmp_path: Path) -> None:

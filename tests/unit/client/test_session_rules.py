@@ -13,11 +13,14 @@ from parley_protocol import cose, hpke
 from parley_protocol.agreement.model import Consent
 from parley_protocol.bundle import BundledOutput
 from parley_protocol.chain import ChainState
+from parley_protocol.claims import needs_countersignatures
 from parley_protocol.errors import RefusedError, StateError, VerificationError
 from parley_protocol.transcript import (
     GENESIS,
+    NO_ROSTER_KEY,
     Countersignature,
     Join,
+    KmsJoin,
     Receipt,
     Record,
     Roster,
@@ -28,6 +31,7 @@ from parley_protocol.transcript import (
 )
 from parley_protocol.v1 import coordinator_pb2 as pb
 from support.client import frame_of
+from support.kms import arn
 from support.paperwire import Desk, PaperSession, both_join, now_ms, payload, session_of
 from support.world import SALT, release
 
@@ -449,8 +453,8 @@ def test_who_may_not_start_does_not(desk: Desk) -> None:
 
 
 def _bundle(desk: Desk, opened: PaperSession, *, sign: bool = True) -> bytes:
-    """The bundle of a session on paper whose roster both parties signed."""
-    if sign:
+    """The bundle of a session on paper whose roster both parties signed, where the agreement wants that."""
+    if sign and needs_countersignatures(desk.agreement):
         for name in ("ada", "bea"):
             session_of(desk, name, opened).countersign()
     identities = {name: member.identity for name, member in desk.members.items()}
@@ -625,3 +629,27 @@ def test_with_standing_consent_no_roster_is_signed(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="standing consent"):
         session.countersign(by_hand=True)
     assert {kind for kind, _ in desk.wire.sent} == {"join"}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_with_standing_consent_a_release_of_another_kms_join_is_refused(tmp_path: Path, own: bool) -> None:
+    desk = Desk(tmp_path, consent=Consent.STANDING, kms={"ada": arn()})
+    desk.sign()
+    ada, agreement = desk.members["ada"], desk.agreement
+
+    def join(number: int) -> KmsJoin:
+        uploads = (bytes([number]) * 48,)
+        return KmsJoin(agreement.digest, "ada", uploads, b"ciphertext", share_digest(bytes(32)), NO_ROSTER_KEY, number)
+
+    ada.state.begin_kms_join(agreement.series, agreement.digest, None, lambda _: ada.identity.sign(join(1).to_bytes()))
+    opened = desk.wire.open()
+    session_of(desk, "bea", opened).submit({"visits": frame_of(1)})
+    opened.joins["ada"] = join(1 if own else 2)
+    opened.issue()
+    _bundle(desk, opened)
+    session = session_of(desk, "ada", opened)
+    if own:
+        assert session.release().sequence == 1
+    else:
+        with pytest.raises(StateError, match="other uploads of yours than you joined"):
+            session.release()

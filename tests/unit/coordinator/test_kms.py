@@ -65,6 +65,23 @@ def test_kms_13_one_request_names_key_context_and_document(stub: Stubber) -> Non
             UnavailableError,
             "unavailable",
         ),
+        *(
+            ("AccessDeniedException", f"with an explicit deny in a {policy}", 400, UnavailableError, "unavailable")
+            for policy in (
+                "service control policy",
+                "session policy",
+                "permissions boundary",
+                "VPC endpoint policy",
+                "identity-based policy",
+            )
+        ),
+        (
+            "AccessDeniedException",
+            "with an explicit deny in a resource control policy",
+            400,
+            RefusedError,
+            "revoked",
+        ),
         ("DisabledException", "is disabled", 400, RefusedError, "revoked"),
         ("KMSInvalidStateException", "is pending deletion", 400, RefusedError, "revoked"),
         ("NotFoundException", "does not exist", 400, RefusedError, "revoked"),

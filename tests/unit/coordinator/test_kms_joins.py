@@ -120,6 +120,7 @@ class Enclave(Live):
         self._epoch = 0
         self._joining = {}
         self._kms_later = {}
+        self._kms_unopened = {}
         self.answers = list(answers)
         self.asked: list[pb.Ask] = []
 
@@ -257,7 +258,32 @@ def test_kms_14_the_partys_next_join_is_tried(made: Put) -> None:
     assert (phases["ann"], codes) == ("joined", {})
 
 
-@pytest.mark.parametrize("code", ["key", "conflict", "frame", "domain"])
+@pytest.mark.parametrize("wrong", [1, 3, 4])
+def test_kms_13_an_answer_that_does_not_open_is_followed_by_another_document(
+    made: Put, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    ready(made)
+    monkeypatch.setattr(live, "KMS_PAUSE_S", 0.01)
+    answers: list[pb.Answer | Exception] = [DOCUMENT, RefusedError("key")] * wrong
+    session = Enclave(made, good, *answers, DOCUMENT, JOINED)
+
+    def judged() -> bool:
+        session.tried()
+        return bool(session.rows)
+
+    until(judged)
+    assert session.rows == [("ann", wrong < 4, "key" if wrong == 4 else "")]
+    assert [ask.WhichOneof("op") for ask in session.asked] == ["recipient", "kms_join"] * min(wrong + 1, 4)
+
+
+def test_kms_14_a_ciphertext_that_kms_does_not_open_is_not_argued_about(made: Put) -> None:
+    ready(made)
+    session = Enclave(made, failing(RefusedError("key")), DOCUMENT)
+    session.tried()
+    assert session.rows == [("ann", False, "key")]
+
+
+@pytest.mark.parametrize("code", ["conflict", "frame", "domain"])
 def test_what_the_enclave_refuses_is_refused(made: Put, code: str) -> None:
     ready(made)
     session = Enclave(made, good, DOCUMENT, RefusedError(code))
