@@ -150,6 +150,71 @@ def test_a_stopped_writer_that_goes_on_spoils_nothing(bucket: Bucket) -> None:
     assert whole(bucket, size) == data
 
 
+def test_generations_that_begin_before_the_first_sync_share_no_part_numbers(bucket: Bucket, config: S3) -> None:
+    """The second was stopped before it told anything, and wakes up after the third was acknowledged."""
+    size = 40 * MIB
+    data = os.urandom(size)
+    first = bucket.writer(NAME, 0, size)
+    first.write(data[: 16 * MIB])
+    stored, state = first.sync(), first.state
+    first.close()
+    reserved = bucket.reserve(state)
+    old = bucket.writer(NAME, stored, size, state)
+    old.write(os.urandom(6 * MIB))
+    other = Bucket(config)
+    again = other.reserve(reserved)
+    new = other.writer(NAME, stored, size, reserved)
+    new.write(data[stored : stored + 16 * MIB])
+    acknowledged, noted = new.sync(whole=False), new.state
+    old.sync()
+    assert s3.Progress.load(state).floor < s3.Progress.load(reserved).floor < s3.Progress.load(again).floor
+    third = bucket.writer(NAME, acknowledged, size, noted)
+    third.write(data[acknowledged:])
+    assert third.sync() == size
+    assert whole(bucket, size) == data
+    other.close()
+
+
+def test_a_writer_does_not_go_beyond_the_numbers_that_are_reserved(bucket: Bucket) -> None:
+    size = 1 << 40
+    part = bucket.part_bytes(size)
+    bucket.part_bytes = lambda size: 5 * MIB  # type: ignore[method-assign]
+    assert part > 5 * MIB
+    first = bucket.writer(NAME, 0, size)
+    first.write(bytes(5 * MIB))
+    stored, state = first.sync(), first.state
+    writer = bucket.writer(NAME, stored, size, state)
+    for _ in range(s3.GAP):
+        writer.write(bytes(5 * MIB))
+    with pytest.raises(UnavailableError, match="not known to be stored"):
+        writer.write(bytes(5 * MIB))
+    sent = s3.Progress.load(state).floor + s3.GAP
+    assert max(bucket.parts(bucket._key(NAME), s3.Progress.load(state).upload)) == sent - 1
+    bucket.delete(NAME, state)
+
+
+def test_a_part_that_failed_keeps_its_number(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still arrive."""
+    size = 20 * MIB
+    data = os.urandom(size)
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(data[: 8 * MIB])
+    with monkeypatch.context() as patched:
+
+        def away(*_: object) -> Any:
+            raise UnavailableError("cut")
+
+        patched.setattr(bucket, "put_part", away)
+        with pytest.raises(UnavailableError):
+            writer.write(data[8 * MIB : 16 * MIB])
+    stored, state = writer.sync(), writer.state
+    assert [run[:2] for run in s3.Progress.load(state).runs] == [(1, 1), (3, 3)]
+    again = bucket.writer(NAME, stored, size, state)
+    again.write(data[stored:])
+    assert again.sync() == size
+    assert whole(bucket, size) == data
+
+
 def test_a_transfer_is_checked(bucket: Bucket) -> None:
     requests = Requests(bucket)
     size = 12 * MIB
