@@ -105,9 +105,14 @@ def bundle_name(session: bytes) -> str:
     return f"bundle-{session.hex()}"
 
 
+def is_name(name: str) -> bool:
+    """Whether something may be the name of a blob."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """ValueError for what is no name of a blob."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError("not a name of a blob")
 
 

@@ -24,7 +24,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from parley_coordinator import log, telemetry
-from parley_coordinator.blobs import BlobReader, BlobWriter, check_name
+from parley_coordinator.blobs import BlobReader, BlobWriter, check_name, is_name
 from parley_coordinator.config import S3
 from parley_protocol.errors import UnavailableError
 
@@ -145,6 +145,9 @@ class Bucket:
 
     def sweep(self, before_ms: int, growing: Callable[[str], str | None]) -> int:
         swept = 0
+        if not self._config.prefix:
+            # What else is in the bucket may be others', whatever it is called.
+            return swept
         with _away("list uploads"):
             for page in self.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._config.bucket, Prefix=self._config.prefix
@@ -152,7 +155,10 @@ class Bucket:
                 for found in page.get("Uploads", ()):
                     if found["Initiated"].timestamp() * 1000 >= before_ms:
                         continue
-                    state = growing(found["Key"].removeprefix(self._config.prefix))
+                    name = found["Key"].removeprefix(self._config.prefix)
+                    if not is_name(name):
+                        continue
+                    state = growing(name)
                     if state is None or Progress.load(state).upload != found["UploadId"]:
                         self.abort(found["Key"], found["UploadId"])
                         swept += 1

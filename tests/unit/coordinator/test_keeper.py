@@ -13,7 +13,7 @@ from parley_coordinator import store as db
 from parley_coordinator.blobs import BlobStore, Directory, bundle_name, upload_name
 from parley_coordinator.config import Keep
 from parley_coordinator.keeper import Keeper
-from parley_coordinator.models import BundleRow, DoomedBlob, SessionRow, UploadRow
+from parley_coordinator.models import BundleRow, DoomedBlob, KmsJoinRow, SessionRow, UploadRow
 from parley_coordinator.s3 import GAP, Bucket, Progress
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import RefusedError, UnavailableError
@@ -113,6 +113,27 @@ def test_tables_go_some_time_after_the_last_release(
     assert "UPLOAD" in desk.waiting("bob")
     assert desk.upload(sealed, "bob").complete
     assert uploads(desk) != [number]
+
+
+def test_tables_of_a_join_by_kms_that_stands_stay_until_the_agreement_ends(
+    desk: Desk, agreement: Agreement, sealed: Sealed, keeper: Keeper
+) -> None:
+    add_session(desk, agreement, "released", NOW + DAY)
+    desk.upload(desk.sealed(agreement, "ann"), "ann")
+    with desk.store.write() as session:
+        session.add(KmsJoinRow(agreement=agreement.digest, party="bob", digest=b"j", number=1, cose=b"", at_ms=NOW))
+    desk.now = NOW + 31 * DAY
+    keeper.look()
+    with desk.store.read() as session:
+        assert list(session.scalars(select(UploadRow.party))) == ["bob"]
+    desk.now = agreement.expires_ms + 30 * DAY
+    keeper.look()
+    assert uploads(desk) == []
+
+
+@pytest.mark.parametrize("name", ["upload-" + "f" * 64, "upload-" + "f" * 16, "bundle-ff"])
+def test_a_name_that_no_upload_has_is_not_growing(keeper: Keeper, name: str) -> None:
+    assert keeper._growing(name) is None
 
 
 def test_what_is_newer_than_the_release_stays(desk: Desk, agreement: Agreement, keeper: Keeper) -> None:

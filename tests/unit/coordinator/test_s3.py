@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -387,9 +388,20 @@ def test_multiparts_that_nobody_writes_are_aborted(bucket: Bucket, config: S3) -
     assert growing.sync() == 30 * MIB
 
 
-def test_objects_are_sealed_under_a_kms_key(url: str) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("prefix", ["blobs/", ""])
+def test_multiparts_of_others_are_left_alone(config: S3, prefix: str) -> None:
+    bucket = Bucket(replace(config, prefix=prefix))
+    names = ["upload-backup.tar", "backup", "upload-"] if prefix else ["upload-2a", "x"]
+    for name in names:
+        bucket.client.create_multipart_upload(Bucket=config.bucket, Key=prefix + name)
+    asked: list[str] = []
+    assert bucket.sweep(1 << 50, lambda name: asked.append(name)) == 0
+    assert asked == []
+    assert uploads(bucket, config) == len(names)
+    bucket.close()
 
+
+def test_objects_are_sealed_under_a_kms_key(url: str) -> None:
     sealed = Bucket(replace(support.bucket(url), kms_key="arn:aws:kms:us-east-1:111122223333:key/k"))
     sealed.put(NAME, [os.urandom(9 * MIB)])
     sealed.put(upload_name(1), [b"small"])
@@ -459,8 +471,6 @@ def test_a_reader_of_a_store_that_is_away(bucket: Bucket) -> None:
 
 
 def test_no_server_is_unavailable(config: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         gone = Bucket(replace(config, endpoint_url=f"http://127.0.0.1:{held.getsockname()[1]}"))
