@@ -36,7 +36,8 @@ class BlobWriter(Protocol):
         """Appends; UnavailableError where the store is full or broken."""
 
     def sync(self, *, whole: bool = True) -> int:
-        """Makes what was written before the call durable, all of it where `whole`; returns how many bytes are.
+        """Makes what was written before the call durable, all of it where `whole`, which is the end of a writer; returns how
+        many bytes are.
 
         With the blob's last byte it can be read. UnavailableError where the store is broken.
         """
@@ -64,6 +65,10 @@ class BlobReader(Protocol):
 
 class BlobStore(Protocol):
     """Where blobs are. Names are words and hex digits, such as `upload-2a`."""
+
+    def reserve(self, state: str) -> str:
+        """The state to store before a writer goes on from `state`, so that a later one, which may come before its first sync,
+        does not meet it. OSError where it is no state."""
 
     def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:
         """Goes on after the first `stored` of `size` bytes, which were synced before with this `state`.
@@ -100,9 +105,14 @@ def bundle_name(session: bytes) -> str:
     return f"bundle-{session.hex()}"
 
 
+def is_name(name: str) -> bool:
+    """Whether something may be the name of a blob."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """ValueError for what is no name of a blob."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError("not a name of a blob")
 
 
@@ -112,6 +122,9 @@ class Directory:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def reserve(self, state: str) -> str:
+        return state
 
     def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:  # noqa: ARG002
         path = self._path(name)

@@ -17,12 +17,14 @@ from parley_coordinator import log, telemetry
 from parley_coordinator.blobs import BlobStore, bundle_name, upload_name
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Keep
-from parley_coordinator.models import LIVE, AgreementRow, BundleRow, DoomedBlob, SessionRow, UploadRow
+from parley_coordinator.models import LIVE, AgreementRow, BundleRow, DoomedBlob, KmsJoinRow, SessionRow, UploadRow
 from parley_coordinator.store import Store
 from parley_protocol.errors import UnavailableError
 
 AT_A_TIME: Final = 200
 """Rows of one transaction, which others wait for."""
+NUMBER_DIGITS: Final = 15
+"""Of the number of an upload: what is longer is none that a database could hold."""
 
 
 class Keeper:
@@ -80,7 +82,8 @@ class Keeper:
         session.add(DoomedBlob(name=name, state=state, at_ms=self._clock()))
 
     def _uploads(self, session: Session) -> list[UploadRow]:
-        """Complete ones some time after the last release of their agreement, all some time after its end."""
+        """Complete ones some time after the last release of their agreement, unless a join by KMS stands, with which later
+        sessions use them; all some time after its end."""
         due = self._clock() - int(self._keep.uploads_s * 1000)
         released = (
             select(func.max(SessionRow.ended_ms))
@@ -90,12 +93,16 @@ class Keeper:
         running = select(SessionRow.number).where(
             SessionRow.agreement == UploadRow.agreement, SessionRow.phase.in_(LIVE)
         )
+        standing = select(KmsJoinRow.number).where(
+            KmsJoinRow.agreement == UploadRow.agreement, KmsJoinRow.party == UploadRow.party
+        )
         query = (
             select(UploadRow)
             .join(AgreementRow, AgreementRow.digest == UploadRow.agreement)
             .where(
                 ~running.exists(),
-                (AgreementRow.expires_ms <= due) | ((released <= due) & (UploadRow.complete_ms <= due)),
+                (AgreementRow.expires_ms <= due)
+                | ((released <= due) & (UploadRow.complete_ms <= due) & ~standing.exists()),
             )
             .order_by(UploadRow.number)
             .limit(AT_A_TIME)
@@ -130,7 +137,7 @@ class Keeper:
 
     def _growing(self, name: str) -> str | None:
         word, _, number = name.partition("-")
-        if word != "upload":
+        if word != "upload" or len(number) > NUMBER_DIGITS:
             return None
         with self._store.read() as session:
             row = session.get(UploadRow, int(number, 16))

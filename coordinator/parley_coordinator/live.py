@@ -476,10 +476,12 @@ class Live:
 
     def _judge_by_kms(self, join: KmsJoin, cose: bytes) -> tuple[bytes, str]:
         assert self._world.kms is not None
-        with self._world.store.read() as session:
-            uploads = [enclave_pb2.SignedUpload(cose=row.cose, blob=row.number) for row in self._uploads(session, join)]
         told = _Steps(lambda percent: self._progress(join.party, percent))
         try:
+            with self._world.store.read() as session:
+                uploads = [
+                    enclave_pb2.SignedUpload(cose=row.cose, blob=row.number) for row in self._uploads(session, join)
+                ]
             asked = self._ask(
                 enclave_pb2.Ask(recipient=enclave_pb2.Recipient(session=self._session, cose=cose, uploads=uploads))
             )
@@ -502,7 +504,8 @@ class Live:
                 raise UnavailableError("the answer of KMS did not open") from None
             return self._judged(join, cose, joined.joined.receipt, "")
         except RefusedError as error:
-            if error.code in ADMISSION or error.code == "revoked":
+            # An upload that is gone does not come back: the party has to know.
+            if error.code in ADMISSION or error.code in ("revoked", "unknown-upload"):
                 return self._judged(join, cose, b"", error.code)
             raise
 
@@ -696,29 +699,35 @@ class Live:
             bundle = self._bundle(released)
             size = self._world.blobs.put(bundle_name(self._session), _pieces(bundle))
             with self._write() as session:
-                row = self._row(session)
-                now = self._world.clock()
-                row.phase, row.ended_ms = "released", now
-                session.add(
-                    RecordRow(
-                        head=record.head,
-                        series=row.series,
-                        sequence=record.body.sequence,
-                        previous=record.body.previous,
-                        agreement=row.agreement,
-                        number=row.number,
-                        cose=released.cose,
-                        document=released.document,
-                        at_ms=now,
-                    )
-                )
-                session.add(BundleRow(number=row.number, size=size, at_ms=now))
-                self._happened(session, "released", percent=100)
+                self._add_release(session, record, released, size)
             self.percent = 100
             telemetry.count("parley_sessions_ended_total", code=telemetry.OK)
             log.info("released", session=log.short(self._session), size=log.coarse(size))
             tell_stored(self._world, self._lease, self._handle)
             self._finish()
+
+    def _add_release(self, session: Session, record: Record, released: enclave_pb2.Released, size: int) -> None:
+        row = self._row(session)
+        if row.phase == "released":
+            # It was stored before, and the answer of the database was lost.
+            return
+        now = self._world.clock()
+        row.phase, row.ended_ms = "released", now
+        session.add(
+            RecordRow(
+                head=record.head,
+                series=row.series,
+                sequence=record.body.sequence,
+                previous=record.body.previous,
+                agreement=row.agreement,
+                number=row.number,
+                cose=released.cose,
+                document=released.document,
+                at_ms=now,
+            )
+        )
+        session.add(BundleRow(number=row.number, size=size, at_ms=now))
+        self._happened(session, "released", percent=100)
 
     def _bundle(self, released: enclave_pb2.Released) -> bytes:
         with self._world.store.read() as session:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import boto3
@@ -24,7 +24,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from parley_coordinator import log, telemetry
-from parley_coordinator.blobs import BlobReader, BlobWriter, check_name
+from parley_coordinator.blobs import BlobReader, BlobWriter, check_name, is_name
 from parley_coordinator.config import S3
 from parley_protocol.errors import UnavailableError
 
@@ -38,7 +38,8 @@ PARTS: Final = 10_000
 AIM_PARTS: Final = 8_000
 """Parts of the largest blobs; the other numbers are for interruptions."""
 GAP: Final = 32
-"""Part numbers that are left out after a writer that did not end in order: it may still be sending under them."""
+"""Part numbers that a writer may use beyond those that the store of state knows of; whoever comes after it leaves them out, for it
+may still be sending. A stream has fewer parts of LEAST_PART between two looks at what is stored, 2 * SYNC_BYTES each."""
 BLOCK: Final = 2 << 20
 """What is read at a time: a window of a table has several frames of 128 KiB beside each other."""
 AHEAD: Final = 3
@@ -61,13 +62,13 @@ class MissingError(FileNotFoundError):
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a blob is: its multipart upload, its parts as runs of numbers (first, last, bytes), the bytes of its tail and
-    their SHA-256, and whether its writer ended in order."""
+    their SHA-256, and the first part number that no writer has used or may use."""
 
     upload: str = ""
     runs: tuple[tuple[int, int, int], ...] = ()
     tail: int = 0
     digest: str = ""
-    ended: bool = True
+    floor: int = 1
 
     @property
     def parts_bytes(self) -> int:
@@ -76,7 +77,7 @@ class Progress:
 
     def dump(self) -> str:
         """As text."""
-        return json.dumps([self.upload, self.runs, self.tail, self.digest, self.ended], separators=(",", ":"))
+        return json.dumps([self.upload, self.runs, self.tail, self.digest, self.floor], separators=(",", ":"))
 
     @classmethod
     def load(cls, text: str) -> Progress:
@@ -84,9 +85,12 @@ class Progress:
         if not text:
             return cls()
         try:
-            upload, runs, tail, digest, ended = json.loads(text)
+            upload, runs, tail, digest, floor = json.loads(text)
+            if isinstance(floor, bool):
+                # Kept without a floor, and whether its writer had ended.
+                floor = (runs[-1][1] if runs else 0) + 1 + GAP
             return cls(
-                str(upload), tuple((int(a), int(b), int(c)) for a, b, c in runs), int(tail), str(digest), bool(ended)
+                str(upload), tuple((int(a), int(b), int(c)) for a, b, c in runs), int(tail), str(digest), int(floor)
             )
         except (ValueError, TypeError) as error:
             raise OSError("the state of the blob is none of S3") from error
@@ -100,6 +104,11 @@ class Bucket:
         self.client = client(config)
         self._fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self._blocks = _Blocks(self._fetching, max(2 * (AHEAD + 1), config.cache_bytes // BLOCK))
+
+    def reserve(self, state: str) -> str:
+        progress = Progress.load(state)
+        # A writer that finds no multipart upload begins one of its own.
+        return replace(progress, floor=progress.floor + GAP).dump() if progress.upload else state
 
     def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:
         key = self._key(name)
@@ -136,6 +145,9 @@ class Bucket:
 
     def sweep(self, before_ms: int, growing: Callable[[str], str | None]) -> int:
         swept = 0
+        if not self._config.prefix:
+            # What else is in the bucket may be others', whatever it is called.
+            return swept
         with _away("list uploads"):
             for page in self.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self._config.bucket, Prefix=self._config.prefix
@@ -143,7 +155,10 @@ class Bucket:
                 for found in page.get("Uploads", ()):
                     if found["Initiated"].timestamp() * 1000 >= before_ms:
                         continue
-                    state = growing(found["Key"].removeprefix(self._config.prefix))
+                    name = found["Key"].removeprefix(self._config.prefix)
+                    if not is_name(name):
+                        continue
+                    state = growing(name)
                     if state is None or Progress.load(state).upload != found["UploadId"]:
                         self.abort(found["Key"], found["UploadId"])
                         swept += 1
@@ -286,8 +301,11 @@ class _Writer:
         self._upload = progress.upload
         self._runs = [list(run) for run in progress.runs]
         self._named: list[dict[str, Any]] = []
-        self._next = 1
-        self._fresh = True
+        self._next = progress.floor
+        # Numbers from here on are not this writer's, as far as the store of state is known to know, and as of the last sync. What
+        # nobody else knows of is its own altogether.
+        self._limit = self._told = progress.floor + GAP if progress.upload else PARTS + 1
+        self._noted = bool(progress.upload)
         self._finished = False
         self._progress = progress
         if self._upload:
@@ -307,8 +325,6 @@ class _Writer:
             if sum(size for size, _ in parts) != expected:
                 raise OSError(f"{self._key}: parts {first} to {last} have not the {expected} bytes that were stored")
             self._named += [named for _, named in parts]
-        last = progress.runs[-1][1] if progress.runs else 0
-        self._next = last + 1 + (0 if progress.ended else GAP)
 
     def _find_whole(self, error: ClientError) -> None:
         # It was put together, and the coordinator killed before it was noted.
@@ -346,18 +362,21 @@ class _Writer:
             self._position += len(data)
 
     def _put_part(self, data: bytes) -> None:
-        if self._next > PARTS:
+        number = self._next
+        if number > PARTS:
             raise UnavailableError("the blob was interrupted too often for the parts that S3 allows")
+        if number >= self._limit:
+            raise UnavailableError("too much was written that is not known to be stored", retry_after_ms=RETRY_MS)
         if not self._upload:
             self._upload = self._bucket.begin(self._key)
-        self._named.append(self._bucket.put_part(self._key, self._upload, self._next, data))
-        if self._fresh or not self._runs:
-            self._runs.append([self._next, self._next, len(data)])
-            self._fresh = False
-        else:
-            self._runs[-1][1] = self._next
-            self._runs[-1][2] += len(data)
+        # Also one that failed is used: it may still be on its way.
         self._next += 1
+        self._named.append(self._bucket.put_part(self._key, self._upload, number, data))
+        if self._runs and self._runs[-1][1] == number - 1:
+            self._runs[-1][1] = number
+            self._runs[-1][2] += len(data)
+        else:
+            self._runs.append([number, number, len(data)])
 
     def sync(self, *, whole: bool = True) -> int:
         with self._lock, _away("write"):
@@ -373,7 +392,12 @@ class _Writer:
                 tail, digest = len(data), _digest(data)
                 self._bucket.put_object(_tail(self._key, self._in_parts, tail), data)
             runs = tuple((first, last, size) for first, last, size in self._runs)
-            self._progress = Progress(self._upload, runs, tail, digest, ended=whole)
+            told = self._next + GAP
+            if self._upload:
+                # Of the last sync it is known that it was stored: whose was not writes no more.
+                self._limit = self._told if self._noted else told
+                self._told, self._noted = told, True
+            self._progress = Progress(self._upload, runs, tail, digest, self._next if whole else told)
             return self._in_parts + tail
 
     @property
@@ -398,7 +422,7 @@ class _Writer:
             # They go with the blob.
             log.warning("blob-tails-left", error=type(error).__name__)
         runs = tuple((first, last, size) for first, last, size in self._runs)
-        self._progress = Progress(self._upload, runs or ((0, 0, self._size),), 0, "", ended=True)
+        self._progress = Progress(self._upload, runs or ((0, 0, self._size),), 0, "", self._next)
 
     def close(self) -> None:
         self._buffer.clear()

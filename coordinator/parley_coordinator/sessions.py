@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ NONCE_BYTES = 32
 JUDGED = 8
 """Joins of one key at a time: one in each session that a coordinator's enclaves run, and its repetitions."""
 JUDGED_MS = 5000
+SWEEP_S = 60.0
+"""Between two looks for enclaves of no session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class Sessions:
         self._series: dict[bytes, threading.Lock] = {}
         self._judged: Counter[bytes] = Counter()
         self._stopping = threading.Event()
+        self._sweep_at = time.monotonic() + SWEEP_S
+        self._suspects: set[str] = set()
         self._looker: threading.Thread | None = None
 
     def close(self) -> None:
@@ -251,12 +256,7 @@ class Sessions:
         and ends enclaves of no session. From then on it prolongs its leases, and looks for sessions whose coordinator died."""
         self._world.launcher.find()
         self._look(first=True)
-        handles = self._world.launcher.find()
-        enclaves, starting = self._world.leases.of_node()
-        for stray in handles:
-            if stray.id not in enclaves and stray.agreement not in starting:
-                log.warning("enclave-without-session", enclave=stray.id)
-                self._world.launcher.stop(stray)
+        self._end_strays(self._strays())
         self._looker = threading.Thread(target=self._keep_looking, name="leases", daemon=True)
         self._looker.start()
 
@@ -265,10 +265,31 @@ class Sessions:
             try:
                 self._renew()
                 self._look(first=False)
+                if time.monotonic() >= self._sweep_at:
+                    self._sweep()
             except UnavailableError as error:
                 log.warning("leases-wait", code=error.code)
             except Exception:  # noqa: BLE001  # it must go on: without it all sessions here would be taken over
                 log.fault("leases-failed")
+
+    def _sweep(self) -> None:
+        """Ends enclaves of sessions that others have taken over and given up. What was not one the time before may be in the
+        hands of a coordinator that is just about to use it."""
+        self._sweep_at = time.monotonic() + SWEEP_S
+        strays = self._strays()
+        self._end_strays([stray for stray in strays if stray.id in self._suspects])
+        self._suspects = {stray.id for stray in strays}
+
+    def _strays(self) -> list[EnclaveHandle]:
+        # Enclaves first: one that is launched in between has a session that says so.
+        handles = self._world.launcher.find()
+        enclaves, starting = self._world.leases.of_node()
+        return [handle for handle in handles if handle.id not in enclaves and handle.agreement not in starting]
+
+    def _end_strays(self, strays: list[EnclaveHandle]) -> None:
+        for stray in strays:
+            log.warning("enclave-without-session", enclave=stray.id)
+            self._world.launcher.stop(stray)
 
     def _renew(self) -> None:
         with self._lock:

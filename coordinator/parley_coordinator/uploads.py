@@ -23,7 +23,7 @@ from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.claims import verify_upload
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import MalformedError, RefusedError
+from parley_protocol.errors import MalformedError, RefusedError, UnavailableError
 from parley_protocol.table import Layout
 from parley_protocol.transcript import Upload
 
@@ -104,7 +104,8 @@ class Writing:
             if row.writer != self._generation:
                 self.superseded.set()
                 raise RefusedError("busy", "another stream has taken over this upload")
-            if synced > row.stored:
+            if synced >= row.stored:
+                # Also where nothing was added: what was reserved and not used is free again.
                 row.stored, row.state = synced, self._writer.state
             if row.stored == row.size and row.complete_ms is None:
                 row.complete_ms = self._clock()
@@ -206,9 +207,10 @@ class Uploads:
                 found = session.get(UploadRow, row.number)
                 if found is None:
                     raise RefusedError("unknown-upload", "the upload has been deleted")
-                row = found
+                row, state = found, found.state
                 row.writer += 1
-            current = Writing(self._store, self._clock, row, self._open(row))
+                row.state = self._reserve(row)
+            current = Writing(self._store, self._clock, row, self._open(row, state))
             self._writing[row.number] = current
         try:
             yield current
@@ -217,10 +219,27 @@ class Uploads:
                 del self._writing[row.number]
             current.end()
 
-    def _open(self, row: UploadRow) -> BlobWriter:
-        name = upload_name(row.number)
+    def _reserve(self, row: UploadRow) -> str:
         try:
-            return self._blobs.writer(name, row.stored, row.size, row.state)
+            return self._blobs.reserve(row.state)
         except OSError as error:
-            log.warning("blob-damaged", blob=name, error=type(error).__name__)
-            raise RefusedError("internal", "the coordinator's store has lost bytes of this upload") from error
+            raise _damaged(row, error) from error
+
+    def _open(self, row: UploadRow, state: str) -> BlobWriter:
+        try:
+            return self._blobs.writer(upload_name(row.number), row.stored, row.size, state)
+        except OSError as error:
+            raise _damaged(row, error) from error
+        except UnavailableError:
+            # Nothing was written, and it will be tried again: each try would use up what it reserved.
+            with self._store.write() as session:
+                found = session.get(UploadRow, row.number)
+                if found is not None and found.writer == row.writer:
+                    found.state = state
+            raise
+
+
+def _damaged(row: UploadRow, error: OSError) -> RefusedError:
+    name = upload_name(row.number)
+    log.warning("blob-damaged", blob=name, error=type(error).__name__)
+    return RefusedError("internal", "the coordinator's store has lost bytes of this upload")

@@ -13,8 +13,8 @@ from parley_coordinator import store as db
 from parley_coordinator.blobs import BlobStore, Directory, bundle_name, upload_name
 from parley_coordinator.config import Keep
 from parley_coordinator.keeper import Keeper
-from parley_coordinator.models import BundleRow, DoomedBlob, SessionRow, UploadRow
-from parley_coordinator.s3 import Bucket
+from parley_coordinator.models import BundleRow, DoomedBlob, KmsJoinRow, SessionRow, UploadRow
+from parley_coordinator.s3 import GAP, Bucket, Progress
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import RefusedError, UnavailableError
 from support import s3
@@ -115,6 +115,27 @@ def test_tables_go_some_time_after_the_last_release(
     assert uploads(desk) != [number]
 
 
+def test_tables_of_a_join_by_kms_that_stands_stay_until_the_agreement_ends(
+    desk: Desk, agreement: Agreement, sealed: Sealed, keeper: Keeper
+) -> None:
+    add_session(desk, agreement, "released", NOW + DAY)
+    desk.upload(desk.sealed(agreement, "ann"), "ann")
+    with desk.store.write() as session:
+        session.add(KmsJoinRow(agreement=agreement.digest, party="bob", digest=b"j", number=1, cose=b"", at_ms=NOW))
+    desk.now = NOW + 31 * DAY
+    keeper.look()
+    with desk.store.read() as session:
+        assert list(session.scalars(select(UploadRow.party))) == ["bob"]
+    desk.now = agreement.expires_ms + 30 * DAY
+    keeper.look()
+    assert uploads(desk) == []
+
+
+@pytest.mark.parametrize("name", ["upload-" + "f" * 64, "upload-" + "f" * 16, "bundle-ff"])
+def test_a_name_that_no_upload_has_is_not_growing(keeper: Keeper, name: str) -> None:
+    assert keeper._growing(name) is None
+
+
 def test_what_is_newer_than_the_release_stays(desk: Desk, agreement: Agreement, keeper: Keeper) -> None:
     add_session(desk, agreement, "released", NOW)
     desk.now = NOW + 29 * DAY
@@ -189,6 +210,41 @@ def test_a_crash_between_note_and_deletion_is_made_up(
     assert not there(desk, upload_name(number))
     with desk.store.read() as session:
         assert session.query(DoomedBlob).count() == 0
+
+
+@pytest.mark.parametrize("blobs", ["s3"], indirect=True)
+def test_streams_reserve_part_numbers_and_give_back_what_they_did_not_use(
+    desk: Desk, agreement: Agreement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = desk.sealed(agreement, "bob")
+    upload = Progress("u", ((1, 2, 100),), 0, "", floor=3)
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    with desk.store.write() as session:
+        stored = session.get_one(UploadRow, row.number)
+        stored.stored, stored.state = 100, upload.dump()
+
+    def floor() -> int:
+        with desk.store.read() as session:
+            return Progress.load(session.get_one(UploadRow, row.number).state).floor
+
+    def away(*_: object) -> Any:
+        raise UnavailableError("cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "writer", away)
+        for _ in range(3):
+            with pytest.raises(UnavailableError), desk.uploads.writing(row):
+                pass
+    assert floor() == 3
+    parts: dict[int, tuple[int, dict[str, str]]] = {1: (50, {}), 2: (50, {})}
+    monkeypatch.setattr(Bucket, "parts", lambda *_: parts)
+    with desk.uploads.writing(row):
+        assert floor() == 3 + GAP
+        # It is stopped: nothing is told.
+    with desk.uploads.writing(row) as writing:
+        assert floor() == 3 + 2 * GAP
+        writing.sync()
+    assert floor() == 3 + GAP
 
 
 def test_a_stream_whose_upload_was_deleted_is_told(desk: Desk, agreement: Agreement, keeper: Keeper) -> None:

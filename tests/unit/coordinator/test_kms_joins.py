@@ -15,7 +15,7 @@ from parley_coordinator import live
 from parley_coordinator.config import Deadlines
 from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.live import Live
-from parley_coordinator.models import EventRow, JoinRow, KmsJoinRow, SessionRow
+from parley_coordinator.models import EventRow, JoinRow, KmsJoinRow, SessionRow, UploadRow
 from parley_coordinator.sessions import parties, refused_by_kms
 from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.cose import payload_unverified
@@ -289,6 +289,18 @@ def test_what_the_enclave_refuses_is_refused(made: Put, code: str) -> None:
     session = Enclave(made, good, DOCUMENT, RefusedError(code))
     session.tried()
     assert session.rows == [("ann", False, code)]
+
+
+def test_kms_14_an_upload_that_is_gone_is_a_refusal(made: Put) -> None:
+    ready(made)
+    session = Enclave(made, good)
+    with made.desk.store.write() as store:
+        store.delete(store.query(UploadRow).one())
+    session.tried()
+    session.tried()
+    assert session.rows == [("ann", False, "unknown-upload")]
+    assert (session.asked, session._kms_later) == ([], {})
+    assert session.parties()[1] == {"ann": "unknown-upload"}
 
 
 def test_a_party_that_has_joined_by_itself_is_left_alone(made: Put) -> None:

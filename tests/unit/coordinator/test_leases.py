@@ -10,13 +10,17 @@ import pytest
 
 from parley_coordinator import config as configuration
 from parley_coordinator import live
+from parley_coordinator import sessions as module
 from parley_coordinator.config import ConfigError
+from parley_coordinator.launcher import EnclaveHandle
 from parley_coordinator.leases import FencedError, Lease, Leases
 from parley_coordinator.models import LeaseRow, SessionRow
 from parley_coordinator.node import Identity, exclusive
+from parley_coordinator.sessions import Sessions
 from parley_coordinator.store import Store
 from parley_protocol.errors import UnavailableError
 from support.desk import NOW, Desk, make_agreement
+from support.enclave import until
 
 LEASE_MS = 10_000
 ABANDON_MS = 60_000
@@ -170,6 +174,71 @@ def test_what_has_no_enclave_yet_goes_anywhere(store: Clock) -> None:
     with store.read() as session:
         assert session.get_one(LeaseRow, 1).node == "far"
     assert a.of_node() == (set(), set())
+
+
+class Enclaves:
+    """A launcher with enclaves that run."""
+
+    def __init__(self, *handles: EnclaveHandle) -> None:
+        self.running = list(handles)
+
+    def find(self) -> list[EnclaveHandle]:
+        return list(self.running)
+
+    def stop(self, handle: EnclaveHandle) -> None:
+        self.running.remove(handle)
+
+
+def test_an_enclave_whose_session_was_given_up_elsewhere_is_ended(store: Clock) -> None:
+    a, far = leases(store, "a"), leases(store, "f", "far")
+    assert a.take(1, first=False) is not None
+    with store.read() as session:
+        agreement = session.get_one(SessionRow, 1).agreement
+    used = EnclaveHandle("e", agreement, "unix:e")
+    launcher = Enclaves(used)
+    nothing = cast("Any", None)
+    sessions = Sessions(live.World(store, nothing, cast("Any", launcher), nothing, lambda: NOW, a))
+    for _ in range(3):
+        sessions._sweep()
+    assert launcher.running == [used]
+    # This coordinator was stopped, and wakes up after another machine has given the session up.
+    store.now += LEASE_MS + ABANDON_MS
+    lease = far.take(1, first=False)
+    assert lease is not None
+    live.lose(live.World(store, nothing, nothing, nothing, lambda: NOW, far), lease, "lost")
+    sessions._sweep()
+    assert launcher.running == [used], "it may just be about to be used"
+    sessions._sweep()
+    assert launcher.running == []
+
+
+def test_an_enclave_that_is_being_started_is_not_ended(store: Clock) -> None:
+    a = leases(store, "a")
+    phase(store, phase="launching", enclave="")
+    assert a.take(1, first=False) is not None
+    with store.read() as session:
+        agreement = session.get_one(SessionRow, 1).agreement
+    starting, stray = EnclaveHandle("n", agreement, "unix:n"), EnclaveHandle("s", b"other", "unix:s")
+    launcher = Enclaves(starting, stray)
+    nothing = cast("Any", None)
+    sessions = Sessions(live.World(store, nothing, cast("Any", launcher), nothing, lambda: NOW, a))
+    sessions._sweep()
+    sessions._sweep()
+    assert launcher.running == [starting]
+
+
+def test_strays_are_looked_for_again_and_again(store: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SWEEP_S", 0.01)
+    a = leases(store, "a")
+    a.renew_s = 0.01
+    launcher = Enclaves()
+    nothing = cast("Any", None)
+    sessions = Sessions(live.World(store, nothing, cast("Any", launcher), nothing, lambda: NOW, a))
+    phase(store, phase="lost")
+    sessions.recover()
+    launcher.running.append(EnclaveHandle("s", b"other", "unix:s"))
+    until(lambda: launcher.running == [])
+    sessions.close()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,71 @@ def test_a_stopped_writer_that_goes_on_spoils_nothing(bucket: Bucket) -> None:
     old.write(b"x" * 20 * MIB)
     new.write(data[30 * MIB :])
     assert new.sync() == size
+    assert whole(bucket, size) == data
+
+
+def test_generations_that_begin_before_the_first_sync_share_no_part_numbers(bucket: Bucket, config: S3) -> None:
+    """The second was stopped before it told anything, and wakes up after the third was acknowledged."""
+    size = 40 * MIB
+    data = os.urandom(size)
+    first = bucket.writer(NAME, 0, size)
+    first.write(data[: 16 * MIB])
+    stored, state = first.sync(), first.state
+    first.close()
+    reserved = bucket.reserve(state)
+    old = bucket.writer(NAME, stored, size, state)
+    old.write(os.urandom(6 * MIB))
+    other = Bucket(config)
+    again = other.reserve(reserved)
+    new = other.writer(NAME, stored, size, reserved)
+    new.write(data[stored : stored + 16 * MIB])
+    acknowledged, noted = new.sync(whole=False), new.state
+    old.sync()
+    assert s3.Progress.load(state).floor < s3.Progress.load(reserved).floor < s3.Progress.load(again).floor
+    third = bucket.writer(NAME, acknowledged, size, noted)
+    third.write(data[acknowledged:])
+    assert third.sync() == size
+    assert whole(bucket, size) == data
+    other.close()
+
+
+def test_a_writer_does_not_go_beyond_the_numbers_that_are_reserved(bucket: Bucket) -> None:
+    size = 1 << 40
+    part = bucket.part_bytes(size)
+    bucket.part_bytes = lambda size: 5 * MIB  # type: ignore[method-assign]
+    assert part > 5 * MIB
+    first = bucket.writer(NAME, 0, size)
+    first.write(bytes(5 * MIB))
+    stored, state = first.sync(), first.state
+    writer = bucket.writer(NAME, stored, size, state)
+    for _ in range(s3.GAP):
+        writer.write(bytes(5 * MIB))
+    with pytest.raises(UnavailableError, match="not known to be stored"):
+        writer.write(bytes(5 * MIB))
+    sent = s3.Progress.load(state).floor + s3.GAP
+    assert max(bucket.parts(bucket._key(NAME), s3.Progress.load(state).upload)) == sent - 1
+    bucket.delete(NAME, state)
+
+
+def test_a_part_that_failed_keeps_its_number(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may still arrive."""
+    size = 20 * MIB
+    data = os.urandom(size)
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(data[: 8 * MIB])
+    with monkeypatch.context() as patched:
+
+        def away(*_: object) -> Any:
+            raise UnavailableError("cut")
+
+        patched.setattr(bucket, "put_part", away)
+        with pytest.raises(UnavailableError):
+            writer.write(data[8 * MIB : 16 * MIB])
+    stored, state = writer.sync(), writer.state
+    assert [run[:2] for run in s3.Progress.load(state).runs] == [(1, 1), (3, 3)]
+    again = bucket.writer(NAME, stored, size, state)
+    again.write(data[stored:])
+    assert again.sync() == size
     assert whole(bucket, size) == data
 
 
@@ -322,9 +388,20 @@ def test_multiparts_that_nobody_writes_are_aborted(bucket: Bucket, config: S3) -
     assert growing.sync() == 30 * MIB
 
 
-def test_objects_are_sealed_under_a_kms_key(url: str) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("prefix", ["blobs/", ""])
+def test_multiparts_of_others_are_left_alone(config: S3, prefix: str) -> None:
+    bucket = Bucket(replace(config, prefix=prefix))
+    names = ["upload-backup.tar", "backup", "upload-"] if prefix else ["upload-2a", "x"]
+    for name in names:
+        bucket.client.create_multipart_upload(Bucket=config.bucket, Key=prefix + name)
+    asked: list[str] = []
+    assert bucket.sweep(1 << 50, lambda name: asked.append(name)) == 0
+    assert asked == []
+    assert uploads(bucket, config) == len(names)
+    bucket.close()
 
+
+def test_objects_are_sealed_under_a_kms_key(url: str) -> None:
     sealed = Bucket(replace(support.bucket(url), kms_key="arn:aws:kms:us-east-1:111122223333:key/k"))
     sealed.put(NAME, [os.urandom(9 * MIB)])
     sealed.put(upload_name(1), [b"small"])
@@ -394,8 +471,6 @@ def test_a_reader_of_a_store_that_is_away(bucket: Bucket) -> None:
 
 
 def test_no_server_is_unavailable(config: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         gone = Bucket(replace(config, endpoint_url=f"http://127.0.0.1:{held.getsockname()[1]}"))
