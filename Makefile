@@ -1,5 +1,6 @@
 # Everything here needs nothing but python3 (3.11 or later, with venv) and a package index that pip can reach.
 #
+#   make venv     Parley with all that it needs, from locked versions, into .venv
 #   make demo     two joint computations on real data, every member its own process
 #   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
 #   make faults   the fault tests alone: 30 random moments, and each step by itself   (PARLEY_FAULTS=100 for more)

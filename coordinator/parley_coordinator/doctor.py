@@ -82,7 +82,7 @@ def versions() -> Check:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            return fail("versions", f"{name} is not installed", "pip install 'parley[coordinator]'")
+            return fail("versions", f"{name} is not installed", "pip install '.[coordinator]' in a checkout")
     return ok("versions", ", ".join(found))
 
 

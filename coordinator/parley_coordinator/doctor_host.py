@@ -331,7 +331,7 @@ def _command(config: Local) -> Check:
     if config.command[0] == sys.executable and module is not None:
         package = module.partition(".")[0]
         if importlib.util.find_spec(package) is None:
-            return fail("launcher", f"{package} is not installed", "pip install 'parley[deploy]'")
+            return fail("launcher", f"{package} is not installed", "pip install '.[deploy]' in a checkout")
     return ok("launcher", " ".join(config.command))
 
 

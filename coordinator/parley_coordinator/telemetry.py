@@ -158,7 +158,9 @@ def _trace(endpoint: str) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigError("telemetry.otlp: needs the extra `telemetry`: pip install 'parley[telemetry]'") from error
+        raise ConfigError(
+            "telemetry.otlp: needs Parley's extra `telemetry`: pip install '.[telemetry]' in a checkout"
+        ) from error
     if not endpoint.startswith(("http://", "https://")):
         raise ConfigError("telemetry.otlp: not a URL http://HOST:PORT or https://HOST:PORT")
     provider = TracerProvider(resource=Resource({"service.name": "parley-coordinator"}), shutdown_on_exit=False)

@@ -33,7 +33,7 @@ def package_path(name: str) -> Path:
     """The folder of an installed package, without importing it; MissingData."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingData(f"the demo's data need the package {name}: pip install 'parley[examples]'")
+        raise MissingData(f"the demo's data need the package {name}: pip install '.[examples]' in a checkout")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -27,6 +27,8 @@ START_SECONDS: Final = 30
 """How long a coordinator may take to answer."""
 STOP_SECONDS: Final = 15
 """How long it may take to end after SIGTERM, its grace for running calls included."""
+ENCLAVES: Final = ("enclaves", "machines")
+"""Folders of the enclaves that the launchers `local` and `qemu` start."""
 
 
 class StackError(Exception):
@@ -51,8 +53,16 @@ class Stack:
 
     @property
     def measurements(self) -> Path:
-        """The measurements of the installed enclave: what `measurements:` of an agreement names."""
+        """The measurements of the installed enclave."""
         return self.folder / "measurements.json"
+
+    @property
+    def measured(self) -> Path:
+        """What `measurements:` of an agreement names: the image that the launcher `qemu` boots, else `measurements`."""
+        launcher = self._configuration.get("launcher", {})
+        if launcher.get("kind") != "qemu":
+            return self.measurements
+        return (self.folder / str(launcher.get("qemu", {}).get("image", "parley.eif"))).resolve()
 
     @property
     def certificate(self) -> Path:
@@ -85,8 +95,12 @@ class Stack:
     @property
     def _listen(self) -> str:
         """The address in the configuration."""
+        return str(self._configuration["listen"])
+
+    @property
+    def _configuration(self) -> dict[str, Any]:
         with (self.folder / "coordinator.toml").open("rb") as file:
-            return str(tomllib.load(file)["listen"])
+            return tomllib.load(file)
 
     @classmethod
     def made(cls, folder: Path, *, listen: str = "127.0.0.1:7443", workers: int | None = None) -> Stack:
@@ -156,9 +170,13 @@ class Stack:
             _end(pid)
             (self.folder / "coordinator.pid").unlink(missing_ok=True)
         for name in ("nsm.pid", "enclave.pid"):
-            for path in sorted((self.folder / "enclaves").glob(f"*/{name}")):
+            for path in self.of_enclaves(name):
                 with suppress(FileNotFoundError, ValueError):
                     _end(int(path.read_text()))
+
+    def of_enclaves(self, name: str) -> list[Path]:
+        """The files of that name of all enclaves here, simulated and emulated."""
+        return sorted(path for kind in ENCLAVES for path in (self.folder / kind).glob(f"*/{name}"))
 
 
 def free_port() -> int:
@@ -212,7 +230,11 @@ def up(
     ] = "127.0.0.1:7443",
     allow: Annotated[
         list[Path] | None,
-        typer.Option(help="Public key of a member that may put agreements and open sessions; repeatable."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Public key of a member that may put agreements and open sessions; repeatable.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -226,7 +248,7 @@ def up(
             return
         typer.echo(f"coordinator  {stack.address}, certificate {stack.certificate}")
         typer.echo(f"root         {stack.root_certificate}   SIMULATED: no hardware protects anything here")
-        typer.echo(f"measured     {stack.measurements}")
+        typer.echo(f"measured     {stack.measured}")
         typer.echo("\nnext, as a member who was allowed with --allow:")
         typer.echo(f"  export PARLEY_COORDINATOR={stack.address} PARLEY_CERT={stack.certificate}")
         typer.echo("  parley agreement new mine            # a draft; name the root and the measurements above in it")
@@ -266,8 +288,8 @@ def _state(stack: Stack) -> dict[str, Any]:
         "address": stack.address if running else None,
         "certificate": str(stack.certificate),
         "root": str(stack.root_certificate),
-        "measurements": str(stack.measurements),
-        "enclaves": sorted(path.parent.name for path in (stack.folder / "enclaves").glob("*/enclave.sock")),
+        "measurements": str(stack.measured if running else stack.measurements),
+        "enclaves": sorted(path.parent.name for path in stack.of_enclaves("enclave.sock")),
     }
 
 

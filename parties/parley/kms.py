@@ -60,7 +60,7 @@ class Key:
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError
         except ImportError:
-            raise StateError("a KMS key needs boto3: pip install 'parley[kms]'") from None
+            raise StateError("a KMS key needs boto3: pip install '.[kms]' in a checkout of Parley") from None
         region = arn.split(":")[3]
         config = Config(connect_timeout=10, read_timeout=30, retries={"mode": "standard", "max_attempts": 4})
         try:

@@ -172,10 +172,10 @@ def _verified(session: Session, out: Console, trust_head: str | None) -> Verifie
     enclave = offer.enclave
     head = "genesis" if not any(offer.offer.head) else short(offer.offer.head)
     age = max(0, _now_ms() - enclave.timestamp_ms) // 1000
-    root = ", SIMULATED root" if enclave.simulated else ""
+    root = "SIMULATED root" if enclave.simulated else "AWS Nitro root"
     out.line(
         "enclave",
-        f"verified: image {short(enclave.measurement.pcr0)}, this agreement, head {head}, document {age} s old{root}",
+        f"verified: image {short(enclave.measurement.pcr0)}, this agreement, head {head}, document {age} s old, {root}",
     )
     say(out, seen_image(offer.agreement, enclave))
     return offer

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +63,25 @@ def test_measurements_are_those_of_the_installed_enclave(folder: Path) -> None:
     }
 
 
+def test_an_agreement_names_the_image_where_the_emulator_boots_one(folder: Path) -> None:
+    stack = Stack.made(folder)
+    assert stack.measured == stack.measurements
+    (folder / "coordinator.toml").write_text('[launcher]\nkind = "qemu"\n[launcher.qemu]\nimage = "../parley.eif"\n')
+    assert stack.measured == folder.resolve().parent / "parley.eif"
+
+
+@pytest.mark.parametrize("kind", ["enclaves", "machines"])
+def test_a_stop_ends_enclaves_of_both_launchers(folder: Path, kind: str) -> None:
+    stack = Stack.made(folder)
+    enclave = folder / kind / "00112233"
+    enclave.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "600"]) as process:
+        threading.Thread(target=process.wait, daemon=True).start()
+        (enclave / "nsm.pid").write_text(f"{process.pid}\n")
+        stack.stop()
+        assert process.wait(10) == -signal.SIGTERM
+
+
 def test_a_coordinator_that_does_not_start_is_an_error_that_names_the_log(folder: Path) -> None:
     stack = Stack.made(folder)
     (folder / "coordinator.toml").write_text('listen = "127.0.0.1:0"\nnonsense = 1\n')
@@ -67,6 +89,11 @@ def test_a_coordinator_that_does_not_start_is_an_error_that_names_the_log(folder
         stack.start()
     assert stack.pid is None
     assert "nonsense" in (folder / "log").read_text()
+
+
+def test_a_public_key_that_is_not_there_is_a_usage_error_and_makes_nothing(folder: Path, tmp_path: Path) -> None:
+    assert run(["local", "up", "--dir", str(folder), "--allow", str(tmp_path / "x.pub")]) == 2
+    assert not folder.exists()
 
 
 def test_a_file_that_is_no_public_key_is_an_error(folder: Path, tmp_path: Path) -> None:
