@@ -466,4 +466,4 @@ def test_unknown_commands_and_options_are_usage(parley: Parley) -> None:
 def test_demos_are_listed(parley: Parley) -> None:
     code, out, _ = parley("demo", "--list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["flights", "pay"]
+    assert [line.split()[0] for line in out.splitlines()] == ["flights", "pay", "kms"]
