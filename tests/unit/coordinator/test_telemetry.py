@@ -194,7 +194,7 @@ def test_what_cannot_be_is_a_config_error(off: None, config: Telemetry, said: st
 
 def test_traces_without_their_extra(off: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match="needs the extra `telemetry`"):
+    with pytest.raises(ConfigError, match="needs Parley's extra `telemetry`"):
         telemetry.setup(Telemetry(otlp="http://127.0.0.1:1"), dict)
 
 
