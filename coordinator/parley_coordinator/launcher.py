@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -50,6 +51,18 @@ def no_capacity(most: int) -> UnavailableError:
     return UnavailableError(
         f"all {most} enclaves of this coordinator are in use", code="no-capacity", retry_after_ms=RETRY_MS
     )
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """What the disk says to a launcher as UnavailableError: a full one has room again when the operator has looked."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("launcher-disk", error=errno.errorcode.get(error.errno or 0, type(error).__name__))
+        raise UnavailableError(
+            "the coordinator cannot note its enclaves on its disk", retry_after_ms=RETRY_MS
+        ) from error
 
 
 class Launcher(Protocol):
@@ -101,21 +114,27 @@ class LocalLauncher:
             return self._launch(wanted, stack)
 
     def _launch(self, wanted: Wanted, stack: contextlib.ExitStack) -> EnclaveHandle:
+        folder = self._config.folder / secrets.token_hex(4)
+        handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
         with self._alone():
             found, starting = self._look()
             if len(found) + starting >= self._most:
                 raise no_capacity(self._most)
-            folder = self._config.folder / secrets.token_hex(4)
+            stack.enter_context(self._stopped_unless_started(handle))
             folder.mkdir(mode=0o700)
             (folder / "handle.json").write_text(json.dumps({"agreement": wanted.digest.hex()}), encoding="utf-8")
             stack.enter_context(held(folder / STARTING_FILE))
-        handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
+        self._start(folder, wanted.digest)
+        return handle
+
+    @contextmanager
+    def _stopped_unless_started(self, handle: EnclaveHandle) -> Iterator[None]:
         try:
-            self._start(folder, wanted.digest)
+            with writing():
+                yield
         except BaseException:
             self._stop(handle)
             raise
-        return handle
 
     def find(self) -> list[EnclaveHandle]:
         with self._alone():

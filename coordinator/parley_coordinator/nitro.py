@@ -23,7 +23,7 @@ from parley_coordinator import log, relay
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Nitro
 from parley_coordinator.images import Images, Wanted
-from parley_coordinator.launcher import RETRY_MS, EnclaveHandle, no_capacity
+from parley_coordinator.launcher import RETRY_MS, EnclaveHandle, no_capacity, writing
 from parley_coordinator.nitro_cli import (
     DEAF,
     GONE,
@@ -152,8 +152,8 @@ class NitroLauncher:
         end = time.monotonic() + self._config.start_s
         entry = Entry(wanted.digest.hex(), self._clock())
         with self._lock:
-            self._booting = name
             self._entries.put(name, entry)
+            self._booting = name
         try:
             identifier, cid = self._cli.run_enclave(
                 image=self._config.image,
@@ -177,9 +177,8 @@ class NitroLauncher:
             raise
         except BaseException:
             with self._lock:
-                entry = replace(entry, doomed=True)
-                self._entries.put(name, entry)
-                self._end(name, entry)
+                self._doom(name, entry)
+                self._end(name, replace(entry, doomed=True))
             raise
         finally:
             with self._lock:
@@ -270,13 +269,20 @@ class NitroLauncher:
                 self._cli.terminate(there.id)
             elif not description.complete or not entry.id:
                 # It may be there and not listed now, or come yet.
-                self._entries.put(name, replace(entry, doomed=True))
+                self._doom(name, entry)
                 return
         except NitroError as error:
             log.warning("terminate-failed", enclave=name, code=error.code, said=error.said)
-            self._entries.put(name, replace(entry, doomed=True))
+            self._doom(name, entry)
             return
         self._entries.drop(name)
+
+    def _doom(self, name: str, entry: Entry) -> None:
+        try:
+            self._entries.put(name, replace(entry, doomed=True))
+        except UnavailableError as error:
+            # Without the note it is an enclave of no session, and ended as such.
+            log.warning("doom-not-noted", enclave=name, code=error.code)
 
     def _handle(self, name: str, entry: Entry) -> EnclaveHandle:
         return EnclaveHandle(name, bytes.fromhex(entry.agreement), self._address(entry.cid, self._config.port))
@@ -298,12 +304,14 @@ class _Entries:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def put(self, name: str, entry: Entry) -> None:
+        """UnavailableError where the disk does not take it."""
         part = self._folder / f"{name}.part"
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(asdict(entry), file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._folder / f"{name}.json")
+        with writing():
+            with part.open("w", encoding="utf-8") as file:
+                json.dump(asdict(entry), file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self._folder / f"{name}.json")
 
     def drop(self, name: str) -> None:
         (self._folder / f"{name}.json").unlink(missing_ok=True)

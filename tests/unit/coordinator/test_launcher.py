@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -224,3 +225,16 @@ def test_an_emulated_image_that_is_none_is_not_started(
 def test_the_socket_path_of_the_emulator_is_bounded_too(tmp_path: Path, command: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"launcher\.qemu\.folder"):
         LocalLauncher(Local(command, tmp_path / ("x" * 80), section="launcher.qemu"), 2)
+
+
+def test_a_full_disk_is_unavailable_and_leaves_nothing(launcher: LocalLauncher, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(UnavailableError, match="disk") as caught:
+            launcher.launch(wanted(FIRST))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.retry_after_ms is not None
+    assert [path for path in (tmp_path / "e").iterdir() if path.is_dir()] == []
+    assert launcher.launch(wanted(FIRST)).agreement == FIRST

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import os
@@ -404,18 +406,42 @@ def test_closing_ends_a_launch_and_an_enclave_that_came_of_it(machine: Machine, 
         launcher.launch(machine.wanted())
 
 
+def children() -> list[str]:
+    """The processes of this one, those that ended and were not waited for too."""
+    return Path(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children").read_text().split()
+
+
 def test_no_process_is_left_behind(machine: Machine) -> None:
+    others = children()
     machine.host.set(next=["hang", "endless", "E36"])
     launcher = machine.launcher(start_s=1.0)
     for _ in range(2):
         with pytest.raises(UnavailableError):
             launcher.launch(machine.wanted())
     launcher.launch(machine.wanted())
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children]
-    assert "Z" not in states
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
-    assert not [command for command in commands if b"run-enclave" in command]
+    left = [pid for pid in children() if pid not in others]
+    assert [Path(f"/proc/{pid}/stat").read_text() for pid in left] == []
+
+
+@pytest.mark.parametrize("note", [1, 2])
+def test_a_full_disk_leaves_no_enclave_that_is_not_noted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, note: int
+) -> None:
+    launcher, sync, written = machine.launcher(), os.fsync, itertools.count(1)
+
+    def full(descriptor: int) -> None:
+        if next(written) >= note:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UnavailableError, match="disk") as caught:
+        launcher.launch(machine.wanted())
+    assert caught.value.retry_after_ms is not None
+    assert len(machine.host.calls("run-enclave")) == note - 1
+    assert machine.host.running() == [] and machine.files() == []
+    monkeypatch.setattr(os, "fsync", sync)
+    assert launcher.find() == [] and launcher.launch(machine.wanted()).agreement == FIRST
 
 
 def test_foreign_files_are_no_enclaves(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
