@@ -10,11 +10,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from parley_coordinator.blobs import Directory
 from support.coordinator import Coordinator
@@ -55,19 +56,13 @@ class Node(Coordinator):
 
     def start(self) -> Self:
         (self.folder / "address").unlink(missing_ok=True)
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    hindered.__file__,
-                    str(self.folder / "hinder.json"),
-                    "run",
-                    "--dir",
-                    str(self.folder),
-                ],
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, hindered.__file__, str(self.folder / "hinder.json"), "run", "--dir", str(self.folder)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        # Through a pipe, as to a journal: so that it can be read what it said while its disk was full.
+        threading.Thread(target=_copy, args=(self.process.stderr, self.folder / "log"), daemon=True).start()
         process = self.process
         until(lambda: (self.folder / "address").exists() or process.poll() is not None)
         assert process.poll() is None, self.log
@@ -162,3 +157,9 @@ class Node(Coordinator):
             except (ValueError, KeyError, TypeError):
                 found.append(line)
         return found
+
+
+def _copy(lines: IO[bytes], path: Path) -> None:
+    with lines, path.open("ab", buffering=0) as log:
+        for line in lines:
+            log.write(line)

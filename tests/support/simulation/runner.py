@@ -16,6 +16,9 @@ from support.simulation.theatre import Stage, Theatre
 TRIES: Final = 2
 """How often a smaller plan is played before it counts as one that does not fail: processes run as the machine lets them."""
 
+LINES: Final = 20
+"""Warnings and errors of each coordinator that are shown with a play that failed."""
+
 
 @dataclass
 class Found:
@@ -38,6 +41,10 @@ def fails(stage: Stage, folder: Path, plan: Plan, say: Callable[[str], None]) ->
                 found.error = str(error) or repr(error)
             except Exception:  # a seed that the witness itself does not understand is printed like any other
                 found.error = traceback.format_exc()
+            if found.error:
+                for node in theatre.nodes:
+                    told = [line for line in node.log.splitlines() if '"level":"info"' not in line]
+                    say("\n".join(f"  {node.label}: {line}" for line in told[-LINES:]))
             for name in NAMES:
                 log = theatre.log(name)
                 found.codes.update(line[2] for line in log if line[0] == "error")
