@@ -53,8 +53,8 @@ class Kms:
         self.url = ""
 
     def start(self, *options: str, at_ms: int = documents.NOW) -> str:
-        """Starts it, or finds it running."""
-        ahead = (at_ms - time.time_ns() // 1_000_000) // 1000
+        """Starts it, or finds it running. Its clock says `at_ms` or up to a second later, never earlier."""
+        ahead = -((time.time_ns() // 1_000_000 - at_ms) // 1000)
         self.url = process.start(self.folder, self.root, "--clock-ahead", str(ahead), *options)
         return self.url
 
