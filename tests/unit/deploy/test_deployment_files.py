@@ -302,6 +302,19 @@ def test_a_second_run_keeps_keys_and_data(parent: Parent) -> None:
     assert (parent.root / "etc/fstab").read_text().count("LABEL=parley") == 1
 
 
+def test_a_coordinator_whose_database_wants_a_password_waits_for_it(parent: Parent) -> None:
+    toml = '[store]\ndatabase = "postgresql://parley@host/parley"\n'
+    (parent.root / "etc/parley/coordinator.toml").write_text(toml)
+    done = parent.boot()
+    assert done.returncode == 0 and "done, but for" in done.stderr
+    assert "systemctl enable parley-coordinator.service parley-backup.timer" in parent.called("systemctl")
+    assert "systemctl enable --now parley-coordinator.service" not in parent.called("systemctl")
+    (parent.root / "var/lib/parley/.pgpass").write_text("*:*:*:parley:secret")
+    done = parent.boot(BLKID="0")
+    assert done.returncode == 0 and "the coordinator listens" in done.stderr
+    assert "systemctl enable --now parley-coordinator.service" in parent.called("systemctl")
+
+
 @pytest.mark.parametrize("code", ["4", "8", "1"])
 def test_a_volume_that_cannot_be_read_is_not_formatted(parent: Parent, code: str) -> None:
     done = parent.boot(BLKID=code)
