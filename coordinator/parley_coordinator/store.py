@@ -48,6 +48,8 @@ BUSY_S: Final = 30
 IDLE_S: Final = 5
 """How long PostgreSQL waits for the next statement of a transaction: one whose coordinator was stopped holds up all others."""
 CONNECT_S: Final = 5
+APPLICATION: Final = "parley-coordinator"
+"""How PostgreSQL tells the connections of coordinators from others."""
 RETRY_MS: Final = 2000
 """When to ask again, where the database did not answer."""
 ATTEMPTS: Final = 5
@@ -96,7 +98,7 @@ class Store:
             raise
 
     def _check(self) -> None:
-        with _translated(), self._writer.begin() as connection:
+        with translated(), self._writer.begin() as connection:
             found = revision(connection)
             if found == REVISION:
                 return
@@ -128,7 +130,7 @@ class Store:
     def read(self) -> Iterator[Session]:
         """A transaction that reads one state of the store. UnavailableError where the database is away."""
         with (
-            _translated(),
+            translated(),
             Session(self._reader, expire_on_commit=False, autoflush=False) as session,
             session.begin(),
         ):
@@ -141,7 +143,7 @@ class Store:
         UnavailableError where the database is away; then it is not known whether the end of the block was reached there.
         """
         with (
-            _translated(),
+            translated(),
             Session(self._writer, expire_on_commit=False) as session,
             self._turn,
             session.begin(),
@@ -212,7 +214,7 @@ def engine_of(url: URL) -> Engine:
         return engine
     arguments = {
         "connect_timeout": CONNECT_S,
-        "application_name": "parley-coordinator",
+        "application_name": APPLICATION,
         # A database that vanished without a word is noticed within seconds.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -276,7 +278,7 @@ def _tables(found: str | None) -> str:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """Errors that say nothing of the statement, but of the database, as UnavailableError."""
     try:
         yield

@@ -20,7 +20,7 @@ SCHEMA: Final[Mapping[str, Any]] = json.loads((Path(__file__).parent / "aws_sche
 META: Final = {"count", "for_each", "depends_on", "lifecycle", "provider"}
 """Arguments that every resource has."""
 _MARKS: Final = {"__is_block__", "__comments__", "__inline_comments__"}
-_NAMED: Final = re.compile(r"(?<![\w.])(var|local|module)\.(\w+)(?:\.(\w+))?")
+_NAMED: Final = re.compile(r"(?<![\w.])(var|local|module)\.(\w+)(?:\[[^\]]*\])?(?:\.(\w+))?")
 _DATA: Final = re.compile(r"(?<![\w.])data\.(\w+)\.(\w+)(?:\[[^\]]*\])?(?:\.(\w+))?")
 _RESOURCE: Final = re.compile(r"(?<![\w.])(aws_\w+)\.(\w+)(?:\[[^\]]*\])?(?:\.(\w+))?")
 

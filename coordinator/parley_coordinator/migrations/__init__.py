@@ -8,7 +8,7 @@ from typing import Final
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from parley_coordinator import log
 from parley_coordinator import store as db
@@ -52,13 +52,36 @@ def upgrade(connection: Connection, to: str = REVISION) -> None:
 
 
 def migrate(url: str) -> tuple[str | None, str]:
-    """Brings the database at a URL up to date; (revision before, revision now)."""
+    """Brings the database at a URL up to date; (revision before, revision now). ConfigError where coordinators that know the
+    tables as they are use them, UnavailableError where the database is away."""
     engine = db.engine_of(db.parse(url))
     try:
-        with engine.execution_options(parley_write=True).begin() as connection:
+        with db.translated(), engine.execution_options(parley_write=True).begin() as connection:
             found = db.revision(connection)
             if found != REVISION:
+                if found is not None:
+                    _check_alone(connection)
                 upgrade(connection)
     finally:
         engine.dispose()
     return found, REVISION
+
+
+def _check_alone(connection: Connection) -> None:
+    """ConfigError while others have the tables open. Whoever connects from now on waits for this transaction, and finds them
+    newer than itself."""
+    if connection.dialect.name == "sqlite":
+        return
+    # A coordinator that runs is connected always, since it listens for events.
+    others = connection.execute(
+        text(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = :name AND pid <> pg_backend_pid()"
+        ),
+        {"name": db.APPLICATION},
+    ).scalar_one()
+    if others:
+        raise ConfigError(
+            f"store.database: its tables must be changed, and {others} connections of coordinators use them: stop all of"
+            " these first; enclaves live on"
+        )

@@ -1,5 +1,5 @@
-# What the parent may do: be managed by Session Manager, read its artefacts, write its backups, and ask the parties' keys for
-# decryption to an attested enclave. Nothing else.
+# What the parents may do: be managed by Session Manager, read their artefacts, write their backups, keep tables and bundles in the
+# bucket, and ask the parties' keys for decryption to an attested enclave. Nothing else.
 
 data "aws_iam_policy_document" "assume" {
   statement {
@@ -55,6 +55,28 @@ data "aws_iam_policy_document" "parent" {
     }
   }
 
+  # What coordinator/parley_coordinator/s3.py asks for, as coordinator/README.md lists it.
+  dynamic "statement" {
+    for_each = var.database == null ? [] : ["blobs"]
+
+    content {
+      sid       = "Blobs"
+      actions   = ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"]
+      resources = ["${aws_s3_bucket.this.arn}/${statement.value}/*"]
+    }
+  }
+
+  # Without a condition on the prefix: S3 would say that an object which is not there is forbidden.
+  dynamic "statement" {
+    for_each = var.database == null ? [] : [aws_s3_bucket.this.arn]
+
+    content {
+      sid       = "ListBlobs"
+      actions   = ["s3:ListBucket", "s3:ListBucketMultipartUploads"]
+      resources = [statement.value]
+    }
+  }
+
   statement {
     sid       = "BucketKey"
     actions   = ["kms:Decrypt", "kms:GenerateDataKey"]
@@ -81,6 +103,17 @@ data "aws_iam_policy_document" "parent" {
         variable = "kms:RecipientAttestation:PCR0"
         values   = ["false"]
       }
+    }
+  }
+
+  # Where a party would rather let a role of its own be assumed. What that role may do, and who may assume it, is the party's to say.
+  dynamic "statement" {
+    for_each = length(var.party_roles) == 0 ? [] : [[for role in var.party_roles : role.arn]]
+
+    content {
+      sid       = "PartyRoles"
+      actions   = ["sts:AssumeRole"]
+      resources = statement.value
     }
   }
 }

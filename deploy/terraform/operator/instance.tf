@@ -1,4 +1,4 @@
-# The parent instance. It holds no state: that is on the data volume, which survives it.
+# The parent instances. They hold no state: that is on the data volume, which survives them, or in what they share.
 
 data "aws_ssm_parameter" "ami" {
   count = var.ami_id == null ? 1 : 0
@@ -19,25 +19,31 @@ locals {
 }
 
 module "bootstrap" {
-  source = "../modules/bootstrap"
+  source   = "../modules/bootstrap"
+  for_each = var.parents
 
   region             = var.region
   bucket             = aws_s3_bucket.this.id
   image              = { key = aws_s3_object.image.key, sha384 = var.image.sha384 }
   bundle             = { key = aws_s3_object.bundle.key, sha384 = var.bundle.sha384 }
   host_name          = var.host_name
-  data_volume_id     = aws_ebs_volume.data.id
+  data_volume_id     = aws_ebs_volume.data[each.key].id
+  database           = local.state.database
+  blobs              = local.state.blobs
+  party_roles        = var.party_roles
   enclaves           = var.enclaves
   enclave_memory_mib = var.enclave_memory_mib
   enclave_cpus       = var.enclave_cpus
 }
 
 resource "aws_launch_template" "parent" {
-  name                   = "${var.name}-parent"
+  for_each = var.parents
+
+  name                   = "${var.name}-${each.key}"
   update_default_version = true
   image_id               = local.ami_id
   instance_type          = var.instance_type
-  user_data              = base64gzip(module.bootstrap.user_data)
+  user_data              = base64gzip(module.bootstrap[each.key].user_data)
   ebs_optimized          = true
 
   enclave_options {
@@ -61,7 +67,7 @@ resource "aws_launch_template" "parent" {
   }
 
   network_interfaces {
-    subnet_id                   = aws_subnet.public.id
+    subnet_id                   = aws_subnet.public[each.value].id
     security_groups             = [aws_security_group.parent.id]
     associate_public_ip_address = true
     delete_on_termination       = true
@@ -84,25 +90,35 @@ resource "aws_launch_template" "parent" {
 
   tag_specifications {
     resource_type = "volume"
-    tags          = { Name = "${var.name}-root" }
+    tags          = { Name = "${var.name}-${each.key}-root" }
   }
 }
 
 resource "aws_instance" "parent" {
+  for_each = var.parents
+
   launch_template {
-    id      = aws_launch_template.parent.id
-    version = aws_launch_template.parent.latest_version
+    id      = aws_launch_template.parent[each.key].id
+    version = aws_launch_template.parent[each.key].latest_version
   }
 
-  tags = { Name = "${var.name}-parent" }
+  tags = { Name = "${var.name}-${each.key}" }
 
   depends_on = [aws_iam_role_policy.parent, aws_route_table_association.public]
 
   lifecycle {
     # Another Amazon Linux, image or bundle is for the next instance: this one has enclaves, and is replaced only by hand
-    # (terraform apply -replace=aws_instance.parent).
+    # (terraform apply -replace='aws_instance.parent["a"]').
     ignore_changes = [launch_template]
 
+    precondition {
+      condition     = contains(var.zones, each.value)
+      error_message = "parents: ${each.key} is in ${each.value}, which is none of zones."
+    }
+    precondition {
+      condition     = length(var.parents) == 1 || var.database != null
+      error_message = "parents: several of them share their state: set database."
+    }
     precondition {
       condition     = data.aws_ec2_instance_type.parent.nitro_enclaves_support == "supported"
       error_message = "instance_type: EC2 offers no enclaves on ${var.instance_type}."
@@ -127,9 +143,11 @@ resource "aws_instance" "parent" {
 }
 
 resource "aws_volume_attachment" "data" {
+  for_each = var.parents
+
   device_name = "/dev/sdf"
-  volume_id   = aws_ebs_volume.data.id
-  instance_id = aws_instance.parent.id
+  volume_id   = aws_ebs_volume.data[each.key].id
+  instance_id = aws_instance.parent[each.key].id
   # The file system is unmounted before the volume goes elsewhere.
   stop_instance_before_detaching = true
 }

@@ -1,5 +1,5 @@
-# One public subnet: the members come from outside. Nothing but the coordinator's port answers, and only to their networks;
-# administrators use Session Manager, which needs no port at all.
+# Public subnets: the members come from outside. Nothing but the coordinators' port answers, and only to their networks and to one
+# another; administrators use Session Manager, which needs no port at all.
 
 resource "aws_vpc" "this" {
   cidr_block           = var.vpc_cidr
@@ -15,12 +15,14 @@ resource "aws_default_security_group" "closed" {
 }
 
 resource "aws_subnet" "public" {
+  for_each = { for index, zone in var.zones : zone => index }
+
   vpc_id                  = aws_vpc.this.id
-  availability_zone       = var.availability_zone
-  cidr_block              = cidrsubnet(var.vpc_cidr, 4, 0)
+  availability_zone       = each.key
+  cidr_block              = cidrsubnet(var.vpc_cidr, 4, each.value)
   map_public_ip_on_launch = false
 
-  tags = { Name = "${var.name}-public" }
+  tags = { Name = "${var.name}-public-${each.key}" }
 }
 
 resource "aws_internet_gateway" "this" {
@@ -41,11 +43,13 @@ resource "aws_route_table" "public" {
 }
 
 resource "aws_route_table_association" "public" {
-  subnet_id      = aws_subnet.public.id
+  for_each = aws_subnet.public
+
+  subnet_id      = each.value.id
   route_table_id = aws_route_table.public.id
 }
 
-# Images, bundles and backups stay within AWS's network.
+# Images, tables, bundles and backups stay within AWS's network.
 resource "aws_vpc_endpoint" "s3" {
   vpc_id            = aws_vpc.this.id
   service_name      = "com.amazonaws.${var.region}.s3"
@@ -55,7 +59,7 @@ resource "aws_vpc_endpoint" "s3" {
 
 resource "aws_security_group" "parent" {
   name        = "${var.name}-parent"
-  description = "Coordinator of Parley: its port, for the members"
+  description = "Coordinators of Parley: their port, for the members and one another"
   vpc_id      = aws_vpc.this.id
 
   tags = { Name = "${var.name}-parent" }
@@ -72,6 +76,25 @@ resource "aws_vpc_security_group_ingress_rule" "members" {
   to_port           = 7443
 }
 
+# A call that another coordinator must answer is passed on to it.
+resource "aws_vpc_security_group_ingress_rule" "peers" {
+  security_group_id            = aws_security_group.parent.id
+  description                  = "gRPC over TLS from other coordinators"
+  referenced_security_group_id = aws_security_group.parent.id
+  ip_protocol                  = "tcp"
+  from_port                    = 7443
+  to_port                      = 7443
+}
+
+resource "aws_vpc_security_group_egress_rule" "peers" {
+  security_group_id            = aws_security_group.parent.id
+  description                  = "gRPC over TLS to other coordinators"
+  referenced_security_group_id = aws_security_group.parent.id
+  ip_protocol                  = "tcp"
+  from_port                    = 7443
+  to_port                      = 7443
+}
+
 # Packages of Amazon Linux, Session Manager, S3 and the parties' KMS: all of it HTTPS.
 resource "aws_vpc_security_group_egress_rule" "https" {
   security_group_id = aws_security_group.parent.id
@@ -83,9 +106,11 @@ resource "aws_vpc_security_group_egress_rule" "https" {
 }
 
 resource "aws_eip" "parent" {
-  domain   = "vpc"
-  instance = aws_instance.parent.id
+  for_each = var.parents
 
-  tags       = { Name = var.name }
+  domain   = "vpc"
+  instance = aws_instance.parent[each.key].id
+
+  tags       = { Name = "${var.name}-${each.key}" }
   depends_on = [aws_internet_gateway.this]
 }

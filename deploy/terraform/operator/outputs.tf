@@ -1,11 +1,16 @@
-output "address" {
-  description = "Point the DNS name of the coordinator at it."
-  value       = aws_eip.parent.public_ip
+output "addresses" {
+  description = "Point the DNS name of the coordinators at all of them."
+  value       = { for name, eip in aws_eip.parent : name => eip.public_ip }
 }
 
-output "instance_id" {
+output "instance_ids" {
   description = "For `aws ssm start-session --target`."
-  value       = aws_instance.parent.id
+  value       = { for name, instance in aws_instance.parent : name => instance.id }
+}
+
+output "database" {
+  description = "Host of PostgreSQL, and the secret with its administrator's password."
+  value       = [for made in aws_db_instance.this : { host = made.address, secret = made.master_user_secret[0].secret_arn }]
 }
 
 output "role_arn" {
@@ -14,7 +19,7 @@ output "role_arn" {
 }
 
 output "bucket" {
-  description = "Artefacts and backups."
+  description = "Artefacts, backups, and what several parents share."
   value       = aws_s3_bucket.this.id
 }
 

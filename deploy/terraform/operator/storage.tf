@@ -1,5 +1,5 @@
-# The bucket holds what the instance is made from (artefacts/) and what it leaves behind (backup/). All of it is public or sealed;
-# the bucket is closed all the same.
+# The bucket holds what the instances are made from (artefacts/), what they leave behind (backup/) and, where several share their
+# state, tables and bundles (blobs/). All of it is public or sealed; the bucket is closed all the same.
 
 data "aws_caller_identity" "this" {}
 
@@ -96,18 +96,47 @@ resource "aws_s3_bucket_server_side_encryption_configuration" "this" {
 }
 
 # A deleted table is to be gone: no versions are kept. Copies of the database end by themselves; the ciphertext beside them is a
-# mirror of what the coordinator has, and follows it.
+# mirror of what the coordinator has, and follows it. What is in blobs/ the coordinators delete, and nothing else may; a member's
+# upload may pause there for weeks, so only what no coordinator has come back to for long is cut off.
 resource "aws_s3_bucket_lifecycle_configuration" "this" {
   bucket = aws_s3_bucket.this.id
 
   rule {
-    id     = "abandoned-uploads"
+    id     = "abandoned-artefacts"
     status = "Enabled"
 
-    filter {}
+    filter {
+      prefix = "artefacts/"
+    }
 
     abort_incomplete_multipart_upload {
       days_after_initiation = 1
+    }
+  }
+
+  rule {
+    id     = "abandoned-backups"
+    status = "Enabled"
+
+    filter {
+      prefix = "backup/"
+    }
+
+    abort_incomplete_multipart_upload {
+      days_after_initiation = 1
+    }
+  }
+
+  rule {
+    id     = "abandoned-tables"
+    status = "Enabled"
+
+    filter {
+      prefix = "blobs/"
+    }
+
+    abort_incomplete_multipart_upload {
+      days_after_initiation = 90
     }
   }
 
@@ -188,12 +217,14 @@ resource "aws_s3_object" "bundle" {
 }
 
 resource "aws_ebs_volume" "data" {
-  availability_zone = var.availability_zone
+  for_each = var.parents
+
+  availability_zone = each.value
   size              = var.data_gib
   type              = "gp3"
   encrypted         = true
 
-  tags = { Name = "${var.name}-data" }
+  tags = { Name = "${var.name}-${each.key}-data" }
 
   lifecycle {
     prevent_destroy = true

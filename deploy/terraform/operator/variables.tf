@@ -15,13 +15,42 @@ variable "name" {
 }
 
 variable "host_name" {
-  description = "Name at which members reach the coordinator; stands in its TLS certificate."
+  description = "Name at which members reach the coordinators; stands in their TLS certificate."
   type        = string
 }
 
-variable "availability_zone" {
-  description = "Zone of instance and data volume; a volume cannot leave its zone."
-  type        = string
+variable "zones" {
+  description = "Availability zones of the network, in an order that stays: new ones go to the end. A database needs two."
+  type        = list(string)
+
+  validation {
+    condition     = length(var.zones) >= 1 && length(var.zones) <= 8 && length(distinct(var.zones)) == length(var.zones)
+    error_message = "zones: 1 to 8, each once."
+  }
+}
+
+variable "parents" {
+  description = "The parent instances, each with its zone, which its data volume cannot leave. More than one needs `database`."
+  type        = map(string)
+
+  validation {
+    condition     = length(var.parents) >= 1 && alltrue([for name, zone in var.parents : can(regex("^[a-z][a-z0-9-]{0,15}$", name))])
+    error_message = "parents: at least one; names of 1 to 16 small letters, digits and hyphens."
+  }
+}
+
+variable "database" {
+  description = "PostgreSQL for the state, with a copy in a second zone, and the bucket for tables and bundles. Null: a file and a folder on the data volume, for one parent."
+  type = object({
+    instance_class = string
+    storage_gib    = number
+  })
+  default = null
+
+  validation {
+    condition     = var.database == null ? true : can(regex("^db\\.[a-z0-9]+\\.[a-z0-9]+$", var.database.instance_class)) && var.database.storage_gib >= 20 && floor(var.database.storage_gib) == var.database.storage_gib
+    error_message = "database: instance_class db.…, storage_gib at least 20."
+  }
 }
 
 variable "vpc_cidr" {
@@ -126,7 +155,7 @@ variable "bundle" {
 }
 
 variable "data_gib" {
-  description = "Volume of the coordinator: database, ciphertext, bundles."
+  description = "Volume of each parent: database, ciphertext, bundles; with `database`, little."
   type        = number
   default     = 200
 
@@ -137,7 +166,7 @@ variable "data_gib" {
 }
 
 variable "backup_days" {
-  description = "How long hourly copies of the database stay in the bucket."
+  description = "How long hourly copies of the database stay in the bucket, and with `database` what any moment is restored from (35 at most)."
   type        = number
   default     = 14
 
@@ -155,5 +184,24 @@ variable "party_keys" {
   validation {
     condition     = alltrue([for arn in var.party_keys : can(regex("^arn:aws[a-z-]*:kms:[a-z0-9-]+:[0-9]{12}:key/[A-Za-z0-9-]+$", arn))])
     error_message = "party_keys: ARNs of keys, without wildcard."
+  }
+}
+
+variable "party_roles" {
+  description = "Roles in the parties' accounts that the coordinator assumes for their keys, with the external ID (or \"\") that each wants; instead of `party_keys`."
+  type        = list(object({ arn = string, external_id = string }))
+  default     = []
+
+  validation {
+    condition     = alltrue([for role in var.party_roles : can(regex("^arn:aws[a-z-]*:iam::[0-9]{12}:role/[A-Za-z0-9+=,.@_/-]+$", role.arn))])
+    error_message = "party_roles: ARNs of roles, without wildcard."
+  }
+  validation {
+    condition     = length(distinct([for role in var.party_roles : split(":", role.arn)[4]])) == length(var.party_roles)
+    error_message = "party_roles: one for each account."
+  }
+  validation {
+    condition     = alltrue([for role in var.party_roles : can(regex("^[A-Za-z0-9+=,.@:/-]*$", role.external_id))])
+    error_message = "party_roles: an external ID has letters, digits and +=,.@:/-"
   }
 }

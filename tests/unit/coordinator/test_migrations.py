@@ -186,6 +186,36 @@ def test_postgresql_is_migrated_by_its_operator_alone(
         Store(url)
 
 
+def test_tables_in_use_are_not_changed(cluster: Cluster) -> None:
+    """A coordinator of the version before runs: it is connected, since it listens for events."""
+    url = cluster.migrated()
+    store = Store(url)
+    store.on_event(lambda: None)
+    assert migrations.migrate(url) == (REVISION, REVISION), "nothing is changed"
+    before = migrations.steps()[-2]
+    alter(url, f"UPDATE alembic_version SET version_num = '{before}'")
+    with pytest.raises(ConfigError, match="connections of coordinators use them: stop all of these first"):
+        migrations.migrate(url)
+    store.close()
+    url = cluster.database()
+    engine = db.engine_of(db.parse(url))
+    with engine.begin() as connection:
+        migrations.upgrade(connection, before)
+    engine.dispose()
+    assert migrations.migrate(url) == (before, REVISION)
+
+
+def test_a_database_that_is_away_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--dir", str(tmp_path)]) == 0
+    path = tmp_path / "coordinator.toml"
+    url = f"postgresql://parley@/parley?host={tmp_path}"
+    path.write_text(path.read_text().replace('"coordinator.db"', f'"{url}"', 1))
+    assert main(["migrate", "--dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "parley-coordinator: the database of the coordinator does not answer"
+    )
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [("mysql://h/d", "mysql is neither"), ("nonsense://", "nonsense|no URL"), ("://", "no URL")],

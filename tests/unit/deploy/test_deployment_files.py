@@ -18,7 +18,11 @@ from pathlib import Path
 import pytest
 
 from parley_coordinator import __main__ as coordinator
+from parley_coordinator import migrations, store
 from parley_coordinator.config import defaults
+from parley_coordinator.models import REVISION, Operator
+from support import postgres
+from support.postgres import Cluster
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 UNIT = DEPLOY / "systemd" / "parley-coordinator.service"
@@ -69,8 +73,12 @@ def weaknesses(text: str) -> list[str]:
         "it may start before its volume": is_("RequiresMountsFor", "/var/lib/parley"),
         "too few files": int(unit.get("LimitNOFILE", ["0"])[0]) >= 2 * config.rpcs,
         "others read its files": is_("UMask", "0077") and is_("StateDirectoryMode", "0700") and is_("LimitCORE", "0"),
-        "a doctor's finding stops it": [each.split()[:2] for each in unit.get("ExecStartPre", [])]
-        == [["-/opt/parley/bin/parley-coordinator", "doctor"]],
+        "a doctor's finding stops it, or tables that do not fit do not": [
+            each.split()[:2] for each in unit.get("ExecStartPre", [])
+        ]
+        == [["/opt/parley/bin/parley-coordinator", "migrate"], ["-/opt/parley/bin/parley-coordinator", "doctor"]],
+        "it gives up while its database is away": is_("StartLimitIntervalSec", "0"),
+        "a migration is cut off": float(unit.get("TimeoutStartSec", ["90"])[0]) >= 10 * store.BUSY_S,
     }
     return [weakness for weakness, holds in rules.items() if not holds]
 
@@ -92,6 +100,9 @@ def test_the_unit_is_as_it_should_be() -> None:
         ("KillMode=process\n", "", "kills the enclaves"),
         ("TimeoutStopSec=60", "TimeoutStopSec=10", "does not wait for running calls"),
         ("ExecStartPre=-", "ExecStartPre=", "doctor's finding"),
+        ("parley-coordinator migrate", "parley-coordinator digest", "tables that do not fit"),
+        ("StartLimitIntervalSec=0", "StartLimitIntervalSec=300", "gives up"),
+        ("TimeoutStartSec=600\n", "", "cut off"),
         ("After=network-online.target nitro-enclaves-allocator.service", "After=network.target", "the allocator"),
         ("UMask=0077", "UMask=0022", "others read"),
         ("LimitNOFILE=65536", "LimitNOFILE=1024", "too few files"),
@@ -291,6 +302,19 @@ def test_a_second_run_keeps_keys_and_data(parent: Parent) -> None:
     assert (parent.root / "etc/fstab").read_text().count("LABEL=parley") == 1
 
 
+def test_a_coordinator_whose_database_wants_a_password_waits_for_it(parent: Parent) -> None:
+    toml = '[store]\ndatabase = "postgresql://parley@host/parley"\n'
+    (parent.root / "etc/parley/coordinator.toml").write_text(toml)
+    done = parent.boot()
+    assert done.returncode == 0 and "done, but for" in done.stderr
+    assert "systemctl enable parley-coordinator.service parley-backup.timer" in parent.called("systemctl")
+    assert "systemctl enable --now parley-coordinator.service" not in parent.called("systemctl")
+    (parent.root / "var/lib/parley/.pgpass").write_text("*:*:*:parley:secret")
+    done = parent.boot(BLKID="0")
+    assert done.returncode == 0 and "the coordinator listens" in done.stderr
+    assert "systemctl enable --now parley-coordinator.service" in parent.called("systemctl")
+
+
 @pytest.mark.parametrize("code", ["4", "8", "1"])
 def test_a_volume_that_cannot_be_read_is_not_formatted(parent: Parent, code: str) -> None:
     done = parent.boot(BLKID=code)
@@ -349,7 +373,7 @@ def running(parent: Parent) -> Iterator[Parent]:
     data, python = parent.root / "var/lib/parley", parent.root / "opt/parley/venv/bin/python"
     (data / "blobs").mkdir(parents=True)
     (data / "blobs/one").write_bytes(b"1")
-    (data / "coordinator.toml").write_text("listen = ...")
+    (data / "coordinator.toml").write_text('listen = "0.0.0.0:7443"\n')
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     database = sqlite3.connect(data / "coordinator.db")
@@ -400,3 +424,42 @@ def test_a_damaged_database_ends_the_backup(running: Parent) -> None:
         (running.root / "var/lib/parley" / name).unlink(missing_ok=True)
     assert backup(running).returncode != 0
     assert running.called("aws") == []
+
+
+def test_a_backup_of_postgresql_can_be_restored(running: Parent, cluster: Cluster) -> None:
+    """What was stored is there again in an empty database, and the blobs stay in their bucket."""
+    url = cluster.migrated()
+    opened = store.Store(url)
+    with opened.write() as session:
+        session.add(Operator(key=b"k" * 32, label="ann", added_ms=7))
+    toml = running.root / "var/lib/parley/coordinator.toml"
+    toml.write_text(f'[store]\ndatabase = "{url}"\nblobs = "s3://bucket/blobs"\n')
+    running.environment["PATH"] += f":{postgres.programs()}"
+    done = backup(running)
+    opened.close()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in running.called("aws")] == ["cp", "cp"]
+    [copy] = (running.store / "backup/database").glob("*.dump")
+    restored = cluster.database()
+    command = ["pg_restore", "--exit-on-error", "--single-transaction", "--no-owner", "--dbname"]
+    environment = {"PATH": running.environment["PATH"]}
+    subprocess.run([*command, restored.replace("+psycopg", ""), str(copy)], env=environment, check=True)
+    opened = store.Store(restored)
+    with opened.read() as session:
+        assert session.get_one(Operator, b"k" * 32).label == "ann"
+    opened.close()
+    assert migrations.migrate(restored) == (REVISION, REVISION)
+
+
+def test_an_empty_or_absent_postgresql_is_no_backup(running: Parent, cluster: Cluster, tmp_path: Path) -> None:
+    toml = running.root / "var/lib/parley/coordinator.toml"
+    running.environment["PATH"] += f":{postgres.programs()}"
+    for url, said in (
+        (cluster.database(), "parley-backup: no tables in the database"),
+        (f"postgresql://parley@/parley?host={tmp_path}", "pg_dump: error"),
+        ("mysql://parley@host/parley", "neither a file nor postgresql"),
+    ):
+        toml.write_text(f'[store]\ndatabase = "{url}"\nblobs = "s3://bucket/blobs"\n')
+        done = backup(running)
+        assert done.returncode != 0 and said in done.stderr
+        assert running.called("aws") == []

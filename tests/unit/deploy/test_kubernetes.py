@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
 import pytest
@@ -55,9 +56,20 @@ def rendered(folder: Path) -> list[Manifest]:
     return read(done.stdout)
 
 
-def one(manifests: list[Manifest], kind: str) -> Manifest:
-    [found] = [each for each in manifests if each["kind"] == kind]
+def one(manifests: list[Manifest], kind: str, name: str = "coordinator") -> Manifest:
+    [found] = [each for each in manifests if each["kind"] == kind and each["metadata"]["name"] in (name, "parley")]
     return found
+
+
+def configured(manifests: list[Manifest]) -> config.Config:
+    """The coordinators' configuration."""
+    [data] = [each["data"] for each in manifests if each["kind"] == "ConfigMap" and "coordinator.toml" in each["data"]]
+    return config.from_tree(tomllib.loads(data["coordinator.toml"]), Path("/var/lib/parley"))
+
+
+def is_shared(settings: config.Config) -> bool:
+    """Whether several coordinators could serve the same sessions."""
+    return settings.database.startswith("postgresql") and settings.s3 is not None
 
 
 def mebibytes(quantity: str) -> int:
@@ -70,11 +82,11 @@ def mebibytes(quantity: str) -> int:
 
 def weaknesses(manifests: list[Manifest]) -> list[str]:
     """What is wrong with the manifests, in words."""
-    return [line for rule in (_pod, _enclaves, _rollout, _network, _namespace) for line in rule(manifests)]
+    return [line for rule in (_pod, _enclaves, _rollout, _tables, _network, _namespace) for line in rule(manifests)]
 
 
 def _pod(manifests: list[Manifest]) -> Iterator[str]:
-    spec = one(manifests, "Deployment")["spec"]["template"]["spec"]
+    spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
     [container] = spec["containers"]
     pod, own = spec["securityContext"], container["securityContext"]
     if pod.get("runAsNonRoot") is not True or pod.get("runAsUser", 0) == 0:
@@ -96,7 +108,8 @@ def _pod(manifests: list[Manifest]) -> Iterator[str]:
     if not {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys():
         yield "no probe"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
-    if mounted != {volume["name"] for volume in spec["volumes"]}:
+    claimed = {each["metadata"]["name"] for each in one(manifests, "StatefulSet")["spec"]["volumeClaimTemplates"]}
+    if mounted != {volume["name"] for volume in spec["volumes"]} | claimed:
         yield "volumes and mounts differ"
     for path in ("/run/nitro_enclaves", "/var/log/nitro_enclaves", "/tmp", "/var/lib/parley"):
         if path not in {mount["mountPath"] for mount in container["volumeMounts"]}:
@@ -104,13 +117,12 @@ def _pod(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def _enclaves(manifests: list[Manifest]) -> Iterator[str]:
-    spec = one(manifests, "Deployment")["spec"]["template"]["spec"]
+    spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
     [container] = spec["containers"]
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     if requests != limits:
         yield "requests are not limits"
-    [data] = [each["data"] for each in manifests if each["kind"] == "ConfigMap" and "coordinator.toml" in each["data"]]
-    settings = config.from_tree(tomllib.loads(data["coordinator.toml"]), Path("/var/lib/parley"))
+    settings = configured(manifests)
     if settings.launcher != "nitro":
         yield "enclaves that protect nothing"
     if limits.get(ENCLAVES) != str(settings.enclaves):
@@ -128,9 +140,19 @@ def _enclaves(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def _rollout(manifests: list[Manifest]) -> Iterator[str]:
-    spec = one(manifests, "Deployment")["spec"]
-    if spec["replicas"] != 1 or spec["strategy"] != {"type": "Recreate"}:
+    spec, settings = one(manifests, "StatefulSet")["spec"], configured(manifests)
+    if spec["replicas"] != 1 and not is_shared(settings):
+        yield "two coordinators, each with a state of its own"
+    [claim] = spec["volumeClaimTemplates"]
+    if claim["spec"]["accessModes"] != ["ReadWriteOncePod"] or claim["metadata"]["name"] != "data":
         yield "two coordinators on one volume"
+    if spec["replicas"] != 1 and not spec["template"]["spec"].get("topologySpreadConstraints"):
+        yield "one node takes all coordinators"
+    peers = one(manifests, "Service", spec["serviceName"])["spec"]
+    if peers.get("clusterIP") != "None" or spec["template"]["spec"].get("setHostnameAsFQDN") is not True:
+        yield "coordinators do not find one another"
+    if settings.cluster.address or settings.node:
+        yield "all coordinators say that they are the same one"
     if spec["template"]["spec"]["terminationGracePeriodSeconds"] <= config.defaults(Path()).grace_s + 5:
         yield "a stop does not wait for running calls"
     budget = one(manifests, "PodDisruptionBudget")["spec"]
@@ -141,7 +163,7 @@ def _rollout(manifests: list[Manifest]) -> Iterator[str]:
         ("Service", ("selector",)),
         ("NetworkPolicy", ("podSelector", "matchLabels")),
         ("PodDisruptionBudget", ("selector", "matchLabels")),
-        ("Deployment", ("selector", "matchLabels")),
+        ("StatefulSet", ("selector", "matchLabels")),
     ):
         selected = one(manifests, kind)["spec"]
         for name in path:
@@ -150,17 +172,72 @@ def _rollout(manifests: list[Manifest]) -> Iterator[str]:
             yield f"{kind} selects other pods"
 
 
+def _tables(manifests: list[Manifest]) -> Iterator[str]:
+    spec = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
+    [migrate], [container] = spec["initContainers"], spec["containers"]
+    if migrate["args"] != ["migrate", "--dir", "/var/lib/parley"] or migrate["image"] != container["image"]:
+        yield "a coordinator may start before its tables are there"
+    if migrate["securityContext"] != container["securityContext"]:
+        yield "privileges"
+    if migrate["resources"]["requests"] != migrate["resources"]["limits"]:
+        yield "requests are not limits"
+    if migrate.get("env") != container.get("env"):
+        yield "tables are made in another database"
+    paths = {mount["mountPath"] for mount in migrate["volumeMounts"]}
+    if not {"/var/lib/parley", "/var/lib/parley/coordinator.toml"} <= paths:
+        yield "tables are made in another database"
+    if not configured(manifests).database.startswith("postgresql"):
+        return
+    named = {each["name"]: each.get("valueFrom", {}) for each in container.get("env", [])}
+    if "secretKeyRef" not in named.get("PGPASSWORD", {}):
+        yield "the database's password is no secret"
+    query = parse_qs(urlsplit(configured(manifests).database).query)
+    if query.get("sslmode") != ["verify-full"]:
+        yield "the coordinators take any database for theirs"
+    elif str(Path(query["sslrootcert"][0]).parent) not in paths:
+        yield "the database's authority is not there"
+
+
 def _network(manifests: list[Manifest]) -> Iterator[str]:
     policy = one(manifests, "NetworkPolicy")["spec"]
-    if sorted(policy["policyTypes"]) != ["Egress", "Ingress"] or policy.get("egress"):
+    shared = is_shared(configured(manifests))
+    if sorted(policy["policyTypes"]) != ["Egress", "Ingress"] or (policy.get("egress") and not shared):
         yield "the coordinator may call out"
-    for rule in policy["ingress"]:
-        if not rule.get("from") or any(
-            int(peer.get("ipBlock", {}).get("cidr", "/0").rpartition("/")[2]) < 8 for peer in rule["from"]
+    for rule in policy["egress"]:
+        open_ports = {port["port"] for port in rule.get("ports", [])}
+        wide = any(peer.get("ipBlock", {}).get("cidr", "").endswith("/0") for peer in rule.get("to", []))
+        if (
+            not rule.get("to")
+            or not open_ports
+            or open_ports - {"grpc", 53, 443, 5432}
+            or (wide and open_ports != {443})
         ):
-            yield "everybody reaches the coordinator"
-        if [port["port"] for port in rule.get("ports", [])] not in (["grpc"], [7443]):
+            yield "the coordinator may call anything"
+    own = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "parley-coordinator"}}}
+    if shared and not all(
+        any(own in rule[side] and {"grpc"} == {port["port"] for port in rule["ports"]} for rule in policy[direction])
+        for direction, side in (("ingress", "from"), ("egress", "to"))
+    ):
+        yield "coordinators do not reach one another"
+    for rule in policy["ingress"]:
+        ports = [port["port"] for port in rule.get("ports", [])]
+        blocks = [peer.get("ipBlock", {}).get("cidr", "/0") for peer in rule.get("from", []) if peer != own]
+        if ports == ["metrics"]:
+            if rule.get("from") != [
+                {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+            ]:
+                yield "others than Prometheus read the metrics"
+        elif ports not in (["grpc"], [7443]):
             yield "other ports"
+        elif not rule.get("from") or any(int(block.rpartition("/")[2]) < 8 for block in blocks):
+            yield "everybody reaches the coordinator"
+    if any(
+        port["targetPort"] != "grpc"
+        for each in manifests
+        if each["kind"] == "Service"
+        for port in each["spec"]["ports"]
+    ):
+        yield "others than Prometheus read the metrics"
     service = one(manifests, "Service")["spec"]
     if service.get("type", "ClusterIP") != "ClusterIP" and not service.get("loadBalancerSourceRanges"):
         yield "everybody reaches the load balancer"
@@ -180,8 +257,8 @@ def test_the_base_is_as_it_should_be() -> None:
 def test_the_overlays_are_as_they_should_be(name: str) -> None:
     manifests = rendered(FOLDER / "overlays" / name)
     assert weaknesses(manifests) == []
-    volumes = one(manifests, "Deployment")["spec"]["template"]["spec"]["volumes"]
-    named = {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
+    volumes = one(manifests, "StatefulSet")["spec"]["template"]["spec"]["volumes"]
+    named = {volume["configMap"]["name"] for volume in volumes if "configMap" in volume} - {"database-ca"}
     assert named == {each["metadata"]["name"] for each in manifests if each["kind"] == "ConfigMap"}
 
 
@@ -208,8 +285,25 @@ def test_the_overlays_are_as_they_should_be(name: str) -> None:
         ("hugepages-1Gi: 2Gi", "hugepages-1Gi: 2Gi\n              hugepages-2Mi: 2Gi", "not one size"),
         ('kind = "nitro"', 'kind = "local"', "protect nothing"),
         ("k8s-dp: enabled", "k8s-dp: disabled", "without the device plugin"),
-        ("replicas: 1", "replicas: 2", "two coordinators"),
-        ("type: Recreate", "type: RollingUpdate", "two coordinators"),
+        ("replicas: 1", "replicas: 2", "a state of its own"),
+        ('["ReadWriteOncePod"]', '["ReadWriteMany"]', "on one volume"),
+        ("clusterIP: None", "type: ClusterIP", "do not find one another"),
+        ("setHostnameAsFQDN: true", "setHostnameAsFQDN: false", "do not find one another"),
+        ("[telemetry]", '[cluster]\nnode = "a"\n[telemetry]', "the same one"),
+        ('args: ["migrate", ', 'args: ["digest", ', "before its tables"),
+        ("limits: *migrating", "limits: {cpu: 1}", "requests are not limits"),
+        (
+            "              mountPath: /var/lib/parley/coordinator.toml\n",
+            "              mountPath: /var/lib/parley.toml\n",
+            "in another database",
+        ),
+        (
+            "namespaceSelector:\n            matchLabels:\n              kubernetes.io/metadata.name: monitoring",
+            "ipBlock: {cidr: 198.51.100.0/24}",
+            "read the metrics",
+        ),
+        ("targetPort: grpc", "targetPort: metrics", "read the metrics"),
+        ("        - port: metrics", "        - port: 22", "other ports"),
         ("terminationGracePeriodSeconds: 60", "terminationGracePeriodSeconds: 5", "does not wait"),
         ("maxUnavailable: 0", "maxUnavailable: 1", "a drain"),
         ("egress: []", "egress: [{}]", "call out"),
@@ -241,6 +335,39 @@ def test_a_weak_manifest_is_seen(
     assert any(weakness in line for line in weaknesses(base()))
 
 
+SEVERAL = ("coordinator.toml", "statefulset.yaml", "kustomization.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "weakness"),
+    [
+        ("s3://parley-example/blobs", "blobs", "a state of its own"),
+        ("sslmode=verify-full", "sslmode=require", "any database for theirs"),
+        ("sslrootcert=/etc/parley/database", "sslrootcert=/etc/ssl", "authority is not there"),
+        (
+            "valueFrom:\n                secretKeyRef:\n                  name: parley-database\n                  key: password",
+            "value: secret",
+            "password is no secret",
+        ),
+        ("          env: *database\n", "", "in another database"),
+        ("[{port: grpc, protocol: TCP}]", "[{port: 22, protocol: TCP}]", "do not reach one another"),
+        ("10.70.0.128/25", "0.0.0.0/0", "call anything"),
+        ("port: 443", "port: 80", "call anything"),
+    ],
+)
+def test_a_weak_overlay_is_seen(tmp_path: Path, old: str, new: str, weakness: str) -> None:
+    shutil.copytree(FOLDER, tmp_path / "kubernetes")
+    altered = 0
+    for name in SEVERAL:
+        path = tmp_path / "kubernetes/overlays/several" / name
+        text = path.read_text("utf-8")
+        altered += text.count(old)
+        path.write_text(text.replace(old, new), "utf-8")
+    assert altered, f"{old!r} stands nowhere"
+    found = weaknesses(rendered(tmp_path / "kubernetes/overlays/several"))
+    assert any(weakness in line for line in found), found
+
+
 # Schemas
 
 
@@ -248,7 +375,7 @@ def test_a_weak_manifest_is_seen(
 def test_the_manifests_follow_the_schemas(version: str) -> None:
     for manifest in base():
         assert kubernetes_validate.validate(manifest, version, strict=True) == version
-    wrong = one(base(), "Deployment")
+    wrong = one(base(), "StatefulSet")
     wrong["spec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
         kubernetes_validate.validate(wrong, version, strict=True)
@@ -265,7 +392,7 @@ def test_the_overlays_follow_the_schemas(name: str) -> None:
 
 def test_the_system_call_profile_refuses_what_it_should_and_lets_vsock_through() -> None:
     profile = json.loads((FOLDER / "seccomp" / "parley-coordinator.json").read_text("utf-8"))
-    localhost = one(base(), "Deployment")["spec"]["template"]["spec"]["securityContext"]["seccompProfile"]
+    localhost = one(base(), "StatefulSet")["spec"]["template"]["spec"]["securityContext"]["seccompProfile"]
     assert localhost["localhostProfile"] == "parley-coordinator.json"
     assert profile["defaultAction"] == "SCMP_ACT_ALLOW"
     refused = {name for rule in profile["syscalls"] for name in rule["names"]}
@@ -292,7 +419,7 @@ def test_the_container_is_small_and_not_root() -> None:
     }  # fmt: skip
     assert [rest for name, rest in steps if name == "FROM"] == ["${BASE} AS build", "${BASE}"]
     final = steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
-    spec = one(base(), "Deployment")["spec"]["template"]["spec"]
+    spec = one(base(), "StatefulSet")["spec"]["template"]["spec"]
     user, group = spec["securityContext"]["runAsUser"], spec["securityContext"]["runAsGroup"]
     assert ("USER", f"{user}:{group}") in final
     assert [rest for name, rest in final if name == "COPY"] == [

@@ -77,7 +77,12 @@ def test_the_modules_are_sound(name: str) -> None:
             "  enclave_cpu = var",
             "bootstrap: enclave_cpus is missing",
         ),
-        ("operator/instance.tf", "bootstrap.user_data", "bootstrap.data", "module.bootstrap.data: no such output"),
+        (
+            "operator/instance.tf",
+            "bootstrap[each.key].user_data",
+            "bootstrap[each.key].data",
+            "module.bootstrap.data: no such output",
+        ),
         ("operator/iam.tf", "for_each = length", "for_eac = length", "dynamic statement has no for_each"),
         ("party-key/main.tf", '"../modules/key-policy"', '"hashicorp/x/aws"', "is not in this repository"),
         ("party-key/versions.tf", 'version = "~> 6.0"', "", "the provider's version is not pinned"),
@@ -101,7 +106,7 @@ def violations(operator: Module, party: Module) -> list[str]:
     """Every rule of the deployment that the two root modules break."""
     return [
         line
-        for rule in (_instance, _network, _storage, _roles, _party_key)
+        for rule in (_instance, _network, _database, _storage, _roles, _party_key)
         for line in rule(party if rule is _party_key else operator)
     ]
 
@@ -134,12 +139,27 @@ def _instance(module: Module) -> Iterator[str]:
 
 
 def _network(module: Module) -> Iterator[str]:
+    parents = "${aws_security_group.parent.id}"
     rules = module.of_type("aws_vpc_security_group_ingress_rule")
     for rule in rules:
-        if (rule.get("from_port"), rule.get("to_port"), rule.get("ip_protocol")) != (7443, 7443, "tcp"):
+        port = 7443 if rule["security_group_id"] == parents else 5432
+        if (rule.get("from_port"), rule.get("to_port"), rule.get("ip_protocol")) != (port, port, "tcp"):
             yield "a port other than 7443 is open"
-        if rule.get("cidr_ipv4") != "${each.value}" or "var.members_cidrs" not in rule.get("for_each", ""):
+        by_group = rule.get("referenced_security_group_id") == parents and "cidr_ipv4" not in rule
+        if port == 5432 and not by_group:
+            yield "others than the parents reach the database"
+        elif not by_group and (
+            rule.get("cidr_ipv4") != "${each.value}" or "var.members_cidrs" not in rule.get("for_each", "")
+        ):
             yield "others than the members reach the coordinator"
+    for rule in module.of_type("aws_vpc_security_group_egress_rule"):
+        if rule["security_group_id"] != parents:
+            yield "the database calls out"
+        if rule.get("cidr_ipv4") and rule.get("from_port") != 443:
+            yield "a parent calls out by more than HTTPS"
+    for association in module.of_type("aws_route_table_association"):
+        if association.get("for_each") != "${aws_subnet.public}":
+            yield "the database's network leads somewhere"
     for type_ in ("aws_security_group", "aws_default_security_group"):
         if any({"ingress", "egress"} & group.keys() for group in module.of_type(type_)):
             yield "rules inside a security group escape the rules above"
@@ -148,6 +168,34 @@ def _network(module: Module) -> Iterator[str]:
     checks = "\n".join(each["condition"] for each in module.variables["members_cidrs"]["validation"])
     if "/[0-7]$" not in checks:
         yield "members_cidrs may be 0.0.0.0/0"
+
+
+def _database(module: Module) -> Iterator[str]:
+    [made] = module.of_type("aws_db_instance")
+    for name, value, weakness in (
+        ("multi_az", True, "what was acknowledged is in one zone"),
+        ("storage_encrypted", True, "the database is not encrypted"),
+        ("publicly_accessible", False, "the database has a public address"),
+        ("deletion_protection", True, "the database can be deleted"),
+        ("skip_final_snapshot", False, "a deleted database leaves nothing"),
+        ("manage_master_user_password", True, "the administrator's password stands in Terraform's state"),
+        ("lifecycle", [{"prevent_destroy": True}], "the database can be destroyed"),
+    ):
+        if made.get(name) != value:
+            yield weakness
+    if not made.get("backup_retention_period") or made["backup_retention_period"] == 0:
+        yield "no moment of the database can be restored"
+    [settings] = module.of_type("aws_db_parameter_group")
+    if {"name": "rds.force_ssl", "value": "1"} not in settings["parameter"]:
+        yield "the database answers without TLS"
+    # `doctor` refuses these; RDS would let them be set.
+    if {"fsync", "synchronous_commit"} & {each["name"] for each in settings["parameter"]}:
+        yield "the database may lose what it acknowledged"
+    if "sslmode=verify-full" not in module.locals["state"]:
+        yield "the coordinators take any database for theirs"
+    [instance] = module.of_type("aws_instance")
+    if "var.database != null" not in "\n".join(each["condition"] for each in instance["lifecycle"][0]["precondition"]):
+        yield "several parents need not share their state"
 
 
 def _storage(module: Module) -> Iterator[str]:
@@ -162,10 +210,18 @@ def _storage(module: Module) -> Iterator[str]:
     if ownership["rule"][0]["object_ownership"] != "BucketOwnerEnforced":
         yield "ACLs are not off"
     [lifecycle] = module.of_type("aws_s3_bucket_lifecycle_configuration")
-    if not any("abort_incomplete_multipart_upload" in rule for rule in lifecycle["rule"]):
-        yield "abandoned uploads stay"
-    if not any("expiration" in rule for rule in lifecycle["rule"]):
-        yield "backups stay for ever"
+    rules = {rule["filter"][0].get("prefix", ""): rule for rule in lifecycle["rule"]}
+    aborted = {
+        prefix: rule["abort_incomplete_multipart_upload"][0]["days_after_initiation"]
+        for prefix, rule in rules.items()
+        if "abort_incomplete_multipart_upload" in rule
+    }
+    if aborted.keys() != {"artefacts/", "backup/", "blobs/"}:
+        yield "abandoned uploads stay, or a rule is for all"
+    if aborted.get("blobs/", 0) * 86400 < 2 * config.Keep().uploads_s:
+        yield "a member's upload is cut off while it pauses"
+    if [prefix for prefix, rule in rules.items() if "expiration" in rule] != ["backup/database/"]:
+        yield "backups stay for ever, or a table ends by itself"
     if module.of_type("aws_s3_bucket_versioning"):
         yield "deleted objects stay as versions"
     for statement in module.resources["data.aws_iam_policy_document.bucket"]["statement"]:
@@ -200,12 +256,39 @@ def _roles(module: Module) -> Iterator[str]:
                 yield f"{address}: every resource"
             if not on_key and {"kms:PutKeyPolicy", "kms:CreateGrant"} & set(actions):
                 yield f"{address}: the parent may change a key's policy"
-    party = module.resources["data.aws_iam_policy_document.parent"]["dynamic"][0]["statement"]["content"][0]
-    if party["condition"][0]["variable"] != "kms:RecipientAttestation:PCR0":
+    parent = granted(module)
+    if parent["PartyKeys"]["condition"][0]["variable"] != "kms:RecipientAttestation:PCR0":
         yield "the parent may ask the parties' keys without an attestation"
+    if parent["PartyKeys"]["actions"] != ["kms:Decrypt"] or parent["PartyRoles"]["actions"] != ["sts:AssumeRole"]:
+        yield "the parent may do more to the parties' keys than ask for decryption"
+    for sid, wanted in (
+        ("PartyKeys", "${length(var.party_keys) == 0 ? [] : [var.party_keys]}"),
+        ("PartyRoles", "${length(var.party_roles) == 0 ? [] : [[for role in var.party_roles : role.arn]]}"),
+    ):
+        if parent[sid]["for_each"] != wanted or parent[sid]["resources"] != "${statement.value}":
+            yield "the parent may ask keys or assume roles that nobody named"
+    for sid, body in parent.items():
+        if sid not in ("PartyRoles", "PartyKeys") and any(action.startswith("sts:") for action in body["actions"]):
+            yield "the parent may assume roles that nobody named"
+    blobs = "${aws_s3_bucket.this.arn}/${statement.value}/*"
+    if parent["Blobs"]["resources"] != [blobs] or '"blobs"' not in str(parent["Blobs"]["for_each"]).replace("'", '"'):
+        yield "the coordinator reaches more than blobs/"
+    for sid in ("Blobs", "ListBlobs"):
+        if not str(parent[sid]["for_each"]).startswith("${var.database == null ? [] :"):
+            yield "a coordinator with a folder for its blobs may use the bucket"
     attached = module.of_type("aws_iam_role_policy_attachment")
     if [each["policy_arn"].rpartition("/")[2] for each in attached] != ["AmazonSSMManagedInstanceCore"]:
         yield "the parent has more than Session Manager"
+
+
+def granted(module: Module) -> dict[str, dict[str, Any]]:
+    """The statements of the parents' policy by their sids, those that are made for a value with their `for_each`."""
+    document = module.resources["data.aws_iam_policy_document.parent"]
+    found = {each["sid"]: each for each in document["statement"]}
+    for dynamic in document["dynamic"]:
+        made = dynamic["statement"]
+        found[made["content"][0]["sid"]] = {**made["content"][0], "for_each": made["for_each"]}
+    return found
 
 
 def _party_key(module: Module) -> Iterator[str]:
@@ -244,6 +327,32 @@ def test_the_rules_hold() -> None:
         ("operator/instance.tf", "nitro_enclaves_support == ", "hypervisor == ", "nitro_enclaves_support"),
         ("operator/instance.tf", "ignore_changes = [launch_template]", "", "unasked"),
         ("operator/network.tf", "from_port         = 7443", "from_port = 22", "other than 7443"),
+        ("operator/network.tf", "from_port                    = 7443", "from_port = 9464", "other than 7443"),
+        ("operator/network.tf", "from_port         = 443", "from_port = 0", "more than HTTPS"),
+        ("operator/network.tf", "for_each = aws_subnet.public", "for_each = aws_subnet.database", "leads somewhere"),
+        (
+            "operator/database.tf",
+            "  referenced_security_group_id = aws_security_group.parent.id",
+            '  cidr_ipv4 = "0.0.0.0/0"',
+            "others than the parents",
+        ),
+        ("operator/database.tf", "multi_az               = true", "multi_az = false", "in one zone"),
+        ("operator/database.tf", "storage_encrypted = true", "", "the database is not encrypted"),
+        ("operator/database.tf", "publicly_accessible    = false", "publicly_accessible = true", "public address"),
+        ("operator/database.tf", "deletion_protection       = true", "", "can be deleted"),
+        ("operator/database.tf", "skip_final_snapshot       = false", "skip_final_snapshot = true", "leaves nothing"),
+        (
+            "operator/database.tf",
+            "manage_master_user_password = true",
+            'password = "x"',
+            "password stands in Terraform's state",
+        ),
+        ("operator/database.tf", "prevent_destroy = true", "prevent_destroy = false", "database can be destroyed"),
+        ("operator/database.tf", "min(var.backup_days, 35)", "0", "no moment"),
+        ("operator/database.tf", 'value = "1"', 'value = "0"', "database answers without TLS"),
+        ("operator/database.tf", '"rds.force_ssl"', '"synchronous_commit"', "may lose"),
+        ("operator/database.tf", "verify-full", "require", "any database for theirs"),
+        ("operator/instance.tf", "|| var.database != null", "|| true", "need not share"),
         ("operator/network.tf", "cidr_ipv4         = each.value", 'cidr_ipv4 = "0.0.0.0/0"', "others than the members"),
         ("operator/network.tf", '  name        = "${var.name}-parent"', "  ingress {}\n", "inside a security group"),
         ("operator/variables.tf", "/[0-7]$", "/x$", "0.0.0.0/0"),
@@ -251,7 +360,10 @@ def test_the_rules_hold() -> None:
         ("operator/storage.tf", '"aws:kms"', '"AES256"', "under a key of ours"),
         ("operator/storage.tf", "BucketOwnerEnforced", "ObjectWriter", "ACLs"),
         ("operator/storage.tf", "    abort_incomplete_multipart_upload {", "    expiration {", "abandoned"),
+        ("operator/storage.tf", '      prefix = "artefacts/"', "", "a rule is for all"),
+        ("operator/storage.tf", "days_after_initiation = 90", "days_after_initiation = 30", "while it pauses"),
         ("operator/storage.tf", "    expiration {", "    noncurrent_version_expiration {", "for ever"),
+        ("operator/storage.tf", '      prefix = "backup/database/"', '      prefix = "blobs/x"', "ends by itself"),
         ("operator/storage.tf", "aws:SecureTransport", "aws:Sourceip", "without TLS"),
         ("operator/storage.tf", '    effect    = "Deny"', '    effect    = "Allow"', "allows something"),
         ("operator/storage.tf", '"kms:UpdateKeyDescription"', '"kms:*"', "wildcard"),
@@ -259,6 +371,11 @@ def test_the_rules_hold() -> None:
         ("operator/iam.tf", '["${aws_s3_bucket.this.arn}/artefacts/*"]', '["*"]', "every resource"),
         ("operator/iam.tf", '["s3:GetObject"]', '["kms:PutKeyPolicy"]', "change a key's policy"),
         ("operator/iam.tf", "kms:RecipientAttestation:PCR0", "kms:ViaService", "without an attestation"),
+        ("operator/iam.tf", '["kms:Decrypt"]', '["kms:Decrypt", "kms:Encrypt"]', "do more to the parties' keys"),
+        ("operator/iam.tf", "[[for role in var.party_roles : role.arn]]", '[["*"]]', "roles that nobody named"),
+        ("operator/iam.tf", '"s3:ListBucketMultipartUploads"]', '"sts:AssumeRole"]', "roles that nobody named"),
+        ("operator/iam.tf", ".arn}/${statement.value}/*", ".arn}/*", "more than blobs/"),
+        ("operator/iam.tf", 'var.database == null ? [] : ["blobs"]', '["blobs"]', "may use the bucket"),
         ("operator/iam.tf", "AmazonSSMManagedInstanceCore", "AdministratorAccess", "more than Session Manager"),
         ("party-key/main.tf", "module.policy.json", '"{}"', "another policy"),
         ("party-key/main.tf", "safety_check = false", "safety_check = true", "still manage"),
@@ -440,6 +557,9 @@ BOOT = {
     "bundle": {"key": "artefacts/bundle.tar", "sha384": "b" * 96},
     "host_name": "parley.example.org",
     "data_volume_id": "vol-0123456789abcdef0",
+    "database": "coordinator.db",
+    "blobs": "blobs",
+    "party_roles": [],
     "enclaves": 2,
     "enclave_memory_mib": 2048,
     "enclave_cpus": 2,
@@ -467,6 +587,46 @@ def test_the_first_boot_gets_its_files(run: Callable[..., Any], copy: Path, tmp_
     assert (coordinator.launcher, coordinator.enclaves, coordinator.listen) == ("nitro", 2, "0.0.0.0:7443")
     assert (coordinator.nitro.memory_mib, coordinator.nitro.cpus, coordinator.nitro.debug) == (2048, 2, False)
     assert coordinator.nitro.image == Path("/opt/parley/parley.eif")
+    assert (coordinator.s3, coordinator.kms.accounts) == (None, {})
+    assert coordinator.telemetry.metrics.startswith("127.0.0.1:"), "Prometheus may ask from this machine alone"
+    assert "postgresql16" not in boot["packages"]
+
+
+def test_several_parents_get_what_they_share(run: Callable[..., Any], copy: Path) -> None:
+    role, other = "arn:aws:iam::444455556666:role/parley", "arn:aws:iam::777788889999:role/keys/parley"
+    shared = {
+        "database": "postgresql://parley@host.example/parley?sslmode=verify-full&sslrootcert=/var/lib/parley/database-ca.pem",
+        "blobs": "s3://parley-20270101/blobs",
+        "party_roles": [{"arn": role, "external_id": "7f3a"}, {"arn": other, "external_id": ""}],
+    }
+    text = render(run, copy / "modules/bootstrap", BOOT | shared, "user_data")
+    assert len(base64.b64encode(gzip.compress(text.encode()))) < 16384
+    boot = YAML(typ="safe").load(text)
+    assert "postgresql16" in boot["packages"], "pg_dump and psql"
+    files = {each["path"]: each["content"] for each in boot["write_files"]}
+    made = config.from_tree(tomllib.loads(files["/etc/parley/coordinator.toml"]), Path("/var/lib/parley"))
+    assert made.s3 is not None
+    assert (made.s3.bucket, made.s3.prefix, made.s3.region) == ("parley-20270101", "blobs/", "eu-central-1")
+    assert made.database == shared["database"]
+    assert made.kms.accounts == {
+        "444455556666": config.KmsAccount(role=role, external_id="7f3a"),
+        "777788889999": config.KmsAccount(role=other),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"database": 'x"\n[tls]'}, "database: a file, or"),
+        ({"database": "postgresql://parley:pass word@host/parley"}, "database: a file, or"),
+        ({"blobs": "s3://bucket/$(id)"}, "blobs: a folder, or"),
+    ],
+)
+def test_what_is_no_place_is_refused(
+    run: Callable[..., Any], copy: Path, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        render(run, copy / "modules/bootstrap", BOOT | changed, "user_data")
 
 
 @pytest.mark.parametrize("host_name", ["", "a b", "x; rm -rf /", "$(id)", "-name"])

@@ -45,6 +45,31 @@ variable "data_volume_id" {
   }
 }
 
+variable "database" {
+  description = "The coordinator's `store.database`."
+  type        = string
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9._/@:?&=-]+$", var.database))
+    error_message = "database: a file, or postgresql://USER@HOST/DATABASE without a password."
+  }
+}
+
+variable "blobs" {
+  description = "The coordinator's `store.blobs`."
+  type        = string
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9._/:-]+$", var.blobs))
+    error_message = "blobs: a folder, or s3://BUCKET/PREFIX."
+  }
+}
+
+variable "party_roles" {
+  description = "Roles that the coordinator assumes for the keys of their accounts."
+  type        = list(object({ arn = string, external_id = string }))
+}
+
 variable "enclaves" {
   description = "Enclaves at a time."
   type        = number
@@ -69,6 +94,8 @@ locals {
     "",
   ])
 
+  in_a_bucket = startswith(var.blobs, "s3://")
+
   coordinator = <<-EOT
     listen = "0.0.0.0:7443"
 
@@ -77,8 +104,13 @@ locals {
     key = "tls.key"
 
     [store]
-    database = "coordinator.db"
-    blobs = "blobs"
+    database = "${var.database}"
+    blobs = "${var.blobs}"
+    %{~if local.in_a_bucket}
+
+    [store.s3]
+    region = "${var.region}"
+    %{~endif}
 
     [launcher]
     kind = "nitro"
@@ -88,6 +120,18 @@ locals {
     image = "/opt/parley/parley.eif"
     memory_mib = ${var.enclave_memory_mib}
     cpus = ${var.enclave_cpus}
+
+    # For Prometheus on this machine; no rule lets anybody else in.
+    [telemetry]
+    metrics = "127.0.0.1:9464"
+    %{~for role in var.party_roles}
+
+    [kms.account.${split(":", role.arn)[4]}]
+    role = "${role.arn}"
+    %{~if role.external_id != ""}
+    external_id = "${role.external_id}"
+    %{~endif}
+    %{~endfor}
 
     [log]
     level = "info"
@@ -106,7 +150,7 @@ locals {
 
   cloud_config = {
     package_update = true
-    packages       = ["aws-nitro-enclaves-cli", "python3.11", "xfsprogs"]
+    packages       = concat(["aws-nitro-enclaves-cli", "python3.11", "xfsprogs"], startswith(var.database, "postgresql:") ? ["postgresql16"] : [])
     write_files = [
       # Not in its place yet: the package that owns that file comes later.
       { path = "/etc/parley/allocator.yaml", permissions = "0644", content = local.allocator },

@@ -86,6 +86,12 @@ fetch "$IMAGE_KEY" "$IMAGE_SHA384" "$PROGRAM/parley.eif"
 configure
 install -D -m 0644 "$ROOT/etc/parley/allocator.yaml" "$ROOT/etc/nitro_enclaves/allocator.yaml"
 systemctl enable --now nitro-enclaves-allocator.service
+if grep -q '^database = "postgresql:' "$DATA/coordinator.toml" && ! [ -s "$DATA/.pgpass" ]; then
+  # A person brings the password, and with it the key and the authority: deploy/README.md says how.
+  systemctl enable parley-coordinator.service parley-backup.timer
+  say "done, but for $DATA/.pgpass, without which there is no database"
+  exit 0
+fi
 systemctl enable --now parley-coordinator.service
 systemctl enable --now parley-backup.timer
 say "done: the coordinator listens at $HOST_NAME:7443"
