@@ -191,8 +191,7 @@ class Sessions:
     def _launch(self, lease: Lease, agreement: AgreementRow) -> None:
         handle = None
         try:
-            living = self._world.launcher.find()
-            handle = next((found for found in living if found.agreement == agreement.digest), None)
+            handle = self._unused(agreement.digest)
             if handle is None:
                 handle = self._world.launcher.launch(Wanted.of(parsed(agreement.canonical)))
             serves = live.begin(self._world, lease, agreement, handle, secrets.token_bytes(NONCE_BYTES))
@@ -204,6 +203,16 @@ class Sessions:
             self._give_up(lease, handle, error)
             raise
         self._attach(lease, agreement, handle, serves)
+
+    def _unused(self, agreement: bytes) -> EnclaveHandle | None:
+        """An enclave of an agreement that no session has, as a launch left it that was interrupted. What is left of one whose
+        session has ended begins no other, and is ended."""
+        living = [found for found in self._world.launcher.find() if found.agreement == agreement]
+        with self._world.store.read() as session:
+            query = select(SessionRow.enclave).where(SessionRow.enclave.in_([found.id for found in living]))
+            used = set(session.scalars(query))
+        self._end_strays([found for found in living if found.id in used])
+        return next((found for found in living if found.id not in used), None)
 
     def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
         self._let_go(lease.number)
