@@ -1,4 +1,4 @@
-"""`parley-coordinator`: init, run, migrate, operators, digest, doctor."""
+"""`parley-coordinator`: init, run, migrate, operators, digest, doctor, restore-record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_system import System, Verdict
 from parley_coordinator.models import Operator
 from parley_coordinator.store import Store
-from parley_protocol.errors import ParleyError
+from parley_protocol import limits
+from parley_protocol.errors import MalformedError, ParleyError
 from parley_protocol.identity import PublicIdentity, load_public
 
 
@@ -65,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     _place(check)
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.set_defaults(run=_doctor)
+    back = commands.add_parser(
+        "restore-record", help="take releases that a restored database lacks back from bundles that somebody has kept"
+    )
+    back.add_argument("bundle", type=Path, nargs="+", help="file that `parley fetch` wrote")
+    _place(back)
+    back.set_defaults(run=_restore_record)
     return parser
 
 
@@ -154,6 +161,31 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = doctor.examine(_config(options), System())
     _print(doctor.report(checks, as_json=options.json))
     return int(any(check.verdict is Verdict.FAIL for check in checks))
+
+
+def _restore_record(options: argparse.Namespace) -> int:
+    from parley_coordinator import recovery
+
+    config = _config(options)
+    data = [_bundle(path) for path in options.bundle]
+    store, blobs = Store(config.database), server.blobs_of(config)
+    try:
+        found = recovery.restore(store, blobs, now_ms, data)
+    finally:
+        store.close()
+        blobs.close()
+    for item in found:
+        said = "restored" if item.new else "was here"
+        _print(f"{item.session.hex()}  record {item.sequence} of series {item.series.hex()[:16]}  {said}")
+    return 0
+
+
+def _bundle(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(limits.BUNDLE_BYTES + 1)
+    if len(data) > limits.BUNDLE_BYTES:
+        raise MalformedError(f"{path}: more than {limits.BUNDLE_BYTES} bytes, no bundle")
+    return data
 
 
 def _members(options: argparse.Namespace) -> list[tuple[Path, PublicIdentity]]:

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from parley_coordinator import tls
 from parley_coordinator.config import Config, ConfigError
 from parley_coordinator.doctor_host import SOON, host
-from parley_coordinator.doctor_store import UNANSWERED, bucket, database, row
+from parley_coordinator.doctor_kms import kms
+from parley_coordinator.doctor_store import UNANSWERED, bucket, database, rows
 from parley_coordinator.doctor_system import Check, System, Verdict, fail, ok, skip, warn
 
 LIBRARIES: Final = ("grpcio", "protobuf", "sqlalchemy", "alembic", "cryptography")
@@ -50,6 +51,7 @@ def examine(config: Config, system: System) -> list[Check]:
         *storage(config),
         *(() if config.s3 else (space(config, system),)),
         database(config),
+        *kms(config, system),
         key(config, system),
         certificate(config, system),
         listen(config),
@@ -119,7 +121,7 @@ def space(config: Config, system: System) -> Check:
     """Room for the uploads that are begun, and for one more of the largest table: whoever replaces it uploads it anew."""
     free = system.free(_there(config.blobs))
     try:
-        missing, largest = row(config, _UPLOADS)
+        [(missing, largest)] = rows(config, _UPLOADS)
     except UNANSWERED:
         # None has been made yet; where it is there and cannot be read, the next check says why.
         missing, largest = 0, 0

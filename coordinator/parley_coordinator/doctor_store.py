@@ -22,7 +22,7 @@ SERVER: Final = 130000
 """PostgreSQL 13, the oldest that is tried."""
 _SQLITE: Final = "sqlite:///"
 UNANSWERED: Final = (sqlite3.Error, SQLAlchemyError, ImportError, ConfigError)
-"""What `row` raises where it gets no answer."""
+"""What `rows` raises where it gets no answer."""
 _MIGRATE: Final = "parley-coordinator migrate"
 
 
@@ -59,16 +59,15 @@ def database(config: Config) -> Check:
     return _judged(said, found, migrates=False)
 
 
-def row(config: Config, query: str) -> Sequence[Any]:
-    """The first row of what the database answers; UNANSWERED. An SQLite file is neither changed nor made."""
+def rows(config: Config, query: str) -> Sequence[Sequence[Any]]:
+    """What the database answers; UNANSWERED. An SQLite file is neither changed nor made."""
     if config.database.startswith(_SQLITE):
         with closing(_opened(Path(config.database.removeprefix(_SQLITE)))) as connection:
-            found: Sequence[Any] = connection.execute(query).fetchone()
-            return found
+            return connection.execute(query).fetchall()
     engine = db.engine_of(db.parse(config.database))
     try:
         with engine.connect() as opened:
-            return tuple(opened.execute(text(query)).one())
+            return [tuple(row) for row in opened.execute(text(query)).all()]
     finally:
         engine.dispose()
 

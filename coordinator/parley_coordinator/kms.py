@@ -20,7 +20,10 @@ from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.errors import RefusedError, UnavailableError
 
 if TYPE_CHECKING:
+    import boto3
+    from botocore.config import Config as BotoConfig
     from types_boto3_kms import KMSClient
+    from types_boto3_sts import STSClient
 
 ALGORITHM: Final = "RSAES_OAEP_SHA_256"
 REVOKED: Final = frozenset(
@@ -98,6 +101,24 @@ class Kms:
             raise _operator("what answers is no KMS: it does not know recipients", key)
         return found
 
+    def describe(self, key: KeyArn) -> tuple[str, str]:
+        """Who asks for a key ("" where STS does not tell), and the code with which KMS refuses to describe it ("" where it does
+        not). No right is needed for either: whom KMS denies, it knows. Errors of botocore where it is not reached so far.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        session, _ = self._session(key)
+        try:
+            asks = self._sts(session).get_caller_identity()["Arn"]
+        except (BotoCoreError, ClientError):
+            # KMS may be reached where STS is not, as by a VPC endpoint; with a wrong key it says so below.
+            asks = ""
+        try:
+            self._kms(session, key).describe_key(KeyId=key.text)
+        except ClientError as error:
+            return asks, str(error.response.get("Error", {}).get("Code", ""))
+        return asks, ""
+
     def _told(self, response: Mapping[str, Any], operation: str, key: KeyArn) -> RefusedError | UnavailableError:
         found = response.get("Error", {})
         code, message = str(found.get("Code", "")), str(found.get("Message", ""))
@@ -124,34 +145,49 @@ class Kms:
             return known.client
 
     def _made(self, key: KeyArn) -> _Client:
-        import boto3
+        session, ends = self._session(key)
+        return _Client(self._kms(session, key), ends)
+
+    def _kms(self, session: boto3.Session, key: KeyArn) -> KMSClient:
+        endpoint = self._account(key).endpoint or self._config.endpoint or None
+        return session.client("kms", endpoint_url=endpoint, config=self._options())
+
+    def _account(self, key: KeyArn) -> KmsAccount:
+        return self._config.accounts.get(key.account, KmsAccount())
+
+    def _options(self) -> BotoConfig:
         from botocore.config import Config
 
-        account = self._config.accounts.get(key.account, KmsAccount())
         # Standard mode waits between attempts by exponential back-off with jitter, 20 s at most.
-        options = Config(
+        return Config(
             connect_timeout=self._config.connect_s,
             read_timeout=self._config.read_s,
             retries={"mode": "standard", "total_max_attempts": self._config.attempts},
         )
+
+    def _sts(self, session: boto3.Session) -> STSClient:
+        return session.client("sts", endpoint_url=self._config.sts_endpoint or None, config=self._options())
+
+    def _session(self, key: KeyArn) -> tuple[boto3.Session, float]:
+        """A session with what the key's account is asked with, and when that ends."""
+        import boto3
+
+        account = self._account(key)
         session = boto3.Session(profile_name=account.profile or None, region_name=key.region)
-        ends = float("inf")
-        if account.role:
-            sts = session.client("sts", endpoint_url=self._config.sts_endpoint or None, config=options)
-            wanted: dict[str, Any] = {"RoleArn": account.role, "RoleSessionName": self._config.session}
-            if account.external_id:
-                wanted["ExternalId"] = account.external_id
-            found = sts.assume_role(**wanted)["Credentials"]
-            seconds = (found["Expiration"] - datetime.now(UTC)).total_seconds()
-            ends = self._monotonic() + max(0.0, seconds - _EARLY_S)
-            session = boto3.Session(
-                aws_access_key_id=found["AccessKeyId"],
-                aws_secret_access_key=found["SecretAccessKey"],
-                aws_session_token=found["SessionToken"],
-                region_name=key.region,
-            )
-        endpoint = account.endpoint or self._config.endpoint or None
-        return _Client(session.client("kms", endpoint_url=endpoint, config=options), ends)
+        if not account.role:
+            return session, float("inf")
+        wanted: dict[str, Any] = {"RoleArn": account.role, "RoleSessionName": self._config.session}
+        if account.external_id:
+            wanted["ExternalId"] = account.external_id
+        found = self._sts(session).assume_role(**wanted)["Credentials"]
+        seconds = (found["Expiration"] - datetime.now(UTC)).total_seconds()
+        made = boto3.Session(
+            aws_access_key_id=found["AccessKeyId"],
+            aws_secret_access_key=found["SecretAccessKey"],
+            aws_session_token=found["SessionToken"],
+            region_name=key.region,
+        )
+        return made, self._monotonic() + max(0.0, seconds - _EARLY_S)
 
 
 def _operator(what: str, key: KeyArn) -> UnavailableError:

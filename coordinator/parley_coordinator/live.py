@@ -150,7 +150,8 @@ class Live:
         self._over.set()
         self._channel.close()
         self._frames.close()
-        self._monitor.join(timeout=relay.CONNECT_S)
+        if self._monitor.is_alive():  # one that is closed before it runs ends with its first look
+            self._monitor.join(timeout=relay.CONNECT_S)
 
     # What members ask for
 

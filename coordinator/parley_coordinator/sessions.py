@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import secrets
 import threading
@@ -46,6 +47,11 @@ NONCE_BYTES = 32
 JUDGED = 8
 """Joins of one key at a time: one in each session that a coordinator's enclaves run, and its repetitions."""
 JUDGED_MS = 5000
+FIRST_ATTEMPTS = 3
+"""What an enclave is asked first, to load its agreement and begin, is asked so often: on a machine under load a connection is
+refused, or an answer late, now and then, and a session would end for it."""
+FIRST_PAUSE_S = 1.0
+"""Between two of these, with jitter."""
 SWEEP_S = 60.0
 """Between two looks for enclaves of no session."""
 
@@ -191,11 +197,11 @@ class Sessions:
     def _launch(self, lease: Lease, agreement: AgreementRow) -> None:
         handle = None
         try:
-            living = self._world.launcher.find()
-            handle = next((found for found in living if found.agreement == agreement.digest), None)
+            handle = self._unused(agreement.digest)
             if handle is None:
                 handle = self._world.launcher.launch(Wanted.of(parsed(agreement.canonical)))
-            serves = live.begin(self._world, lease, agreement, handle, secrets.token_bytes(NONCE_BYTES))
+            begun, nonce = handle, secrets.token_bytes(NONCE_BYTES)
+            serves = self._patiently(begun, lambda: live.begin(self._world, lease, agreement, begun, nonce))
         except FencedError:
             # Whoever took the session over has found the enclave, or ends it.
             self._let_go(lease.number)
@@ -204,6 +210,32 @@ class Sessions:
             self._give_up(lease, handle, error)
             raise
         self._attach(lease, agreement, handle, serves)
+
+    def _patiently(self, handle: EnclaveHandle, work: Callable[[], _T], attempts: int = FIRST_ATTEMPTS) -> _T:
+        """What an enclave is asked first, again where the channel broke or nothing answered in time: all of it is answered
+        alike when it is repeated. Not where the enclave has ended, or another coordinator has the session."""
+        for left in reversed(range(attempts)):
+            try:
+                return work()
+            except FencedError:
+                raise
+            except UnavailableError as error:
+                if not left or not self._world.launcher.alive(handle):
+                    raise
+                log.warning("enclave-silent", enclave=handle.id, code=error.code, left=left)
+                if self._stopping.wait(FIRST_PAUSE_S * (0.5 + random.random())):  # noqa: S311  # jitter
+                    raise
+        raise AssertionError("unreachable")
+
+    def _unused(self, agreement: bytes) -> EnclaveHandle | None:
+        """An enclave of an agreement that no session has, as a launch left it that was interrupted. What is left of one whose
+        session has ended begins no other, and is ended."""
+        living = [found for found in self._world.launcher.find() if found.agreement == agreement]
+        with self._world.store.read() as session:
+            query = select(SessionRow.enclave).where(SessionRow.enclave.in_([found.id for found in living]))
+            used = set(session.scalars(query))
+        self._end_strays([found for found in living if found.id in used])
+        return next((found for found in living if found.id not in used), None)
 
     def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
         self._let_go(lease.number)
@@ -348,15 +380,48 @@ class Sessions:
     def _reattach(self, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle) -> None:
         try:
             serves = live.load(self._world, agreement, handle)
+        except UnavailableError as error:
+            log.warning("enclave-silent", enclave=handle.id, code=error.code, left=FIRST_ATTEMPTS - 1)
+            # In a thread of its own: other sessions, and the leases of all, do not wait for it.
+            threading.Thread(target=self._reattach_later, args=(lease, agreement, handle), daemon=True).start()
         except ParleyError as error:
-            log.warning("enclave-not-found-again", enclave=handle.id, code=error.code)
-            self._let_go(lease.number)
-            live.lose(self._world, lease, "lost")
-            self._world.launcher.stop(handle)
+            self._not_found_again(lease, handle, error.code)
         else:
-            # The enclave keeps twice as many as it asks for, and drops the oldest: those of a coordinator that was stopped
-            # would make it wait for frames.
-            self._attach(lease, agreement, handle, 2 * serves if lease.overtaken else serves)
+            self._reattached(lease, agreement, handle, serves)
+
+    def _reattach_later(self, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle) -> None:
+        if self._stopping.wait(FIRST_PAUSE_S):
+            return
+        try:
+            try:
+                work = functools.partial(live.load, self._world, agreement, handle)
+                serves = self._patiently(handle, work, FIRST_ATTEMPTS - 1)
+            except ParleyError as error:
+                if not self._stopping.is_set():
+                    self._not_found_again(lease, handle, error.code)
+                return
+            with self._lock:
+                if self._stopping.is_set() or self._held.get(lease.number) != lease:
+                    return  # the next one to hold the lease finds it
+            self._reattached(lease, agreement, handle, serves)
+        except UnavailableError as error:
+            # The database is away, or the session is another coordinator's by now; once the lease has expired, it is tried again.
+            self._let_go(lease.number)
+            log.warning("not-taken-over", number=lease.number, code=error.code)
+        except Exception:  # noqa: BLE001  # a thread that dies silently would leave the session without a coordinator for ever
+            log.fault("reattach-failed", number=lease.number)
+            self._let_go(lease.number)
+
+    def _reattached(self, lease: Lease, agreement: AgreementRow, handle: EnclaveHandle, serves: int) -> None:
+        # The enclave keeps twice as many as it asks for, and drops the oldest: those of a coordinator that was stopped
+        # would make it wait for frames.
+        self._attach(lease, agreement, handle, 2 * serves if lease.overtaken else serves)
+
+    def _not_found_again(self, lease: Lease, handle: EnclaveHandle, code: str) -> None:
+        log.warning("enclave-not-found-again", enclave=handle.id, code=code)
+        self._let_go(lease.number)
+        live.lose(self._world, lease, "lost")
+        self._world.launcher.stop(handle)
 
     def _relaunch(self, lease: Lease, agreement: AgreementRow) -> None:
         with self._opening(agreement.series):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from parley.release import Output, Release
     from parley.session import Session, SessionStatus
     from parley.spool import SealedTable
+    from parley.standing import Standing
     from parley.state import State
     from parley_protocol.agreement.signed import SignedAgreement
     from parley_protocol.errors import (
@@ -71,6 +72,7 @@ __all__ = [
     "Session",
     "SessionStatus",
     "SignedAgreement",
+    "Standing",
     "State",
     "StateError",
     "UnavailableError",
@@ -108,6 +110,7 @@ _WHERE: Final = {
     "Session": "parley.session",
     "SessionStatus": "parley.session",
     "SignedAgreement": "parley_protocol.agreement.signed",
+    "Standing": "parley.standing",
     "State": "parley.state",
     "StateError": "parley_protocol.errors",
     "UnavailableError": "parley_protocol.errors",

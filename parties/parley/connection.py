@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from parley.member import Member
 from parley.session import Session
+from parley.standing import Standing
 from parley.transport import Transport
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
@@ -238,6 +239,10 @@ class Connection:
             return Session(self, reference, live)
         state = self.transport.get_session(reference)
         return Session(self, self.agreement(state.agreement).agreement, reference)
+
+    def standing(self, agreement: Agreement) -> Standing:
+        """What this member does for all sessions of an agreement, while none is open too: it needs a KMS key of its own."""
+        return Standing(self, agreement)
 
     def _live(self, agreement: Agreement) -> bytes | None:
         """The newest session of an agreement that is neither lost nor released, from what waits and what happened."""

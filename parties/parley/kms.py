@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from parley_protocol import kms_policy
+from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import StateError, UnavailableError
+from parley_protocol.kms_policy import Principals
 
 if TYPE_CHECKING:
     from types_boto3_kms.client import KMSClient
@@ -26,6 +28,24 @@ _LATER: Final = frozenset(
         *("ThrottlingException", "RequestExpired", "ServiceUnavailable"),
     }
 )
+
+
+_TOKEN: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedKey:
+    """A key that was read now, and opens to nobody but the enclaves of an agreement (kms-15): what is sealed for it needs no
+    enclave that lives."""
+
+    agreement: Agreement
+    arn: str
+    # Not a field: `dataclasses.replace` must not carry it over to a changed copy.
+    token: InitVar[object]
+
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
+            raise TypeError("a CheckedKey comes from `checked` and from nowhere else")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +140,14 @@ def check(key: Key, wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """What of a key, its policy and its grants is not as it must be, in words; nothing where it may be used (kms-15)."""
     found = kms_policy.differences(key.policy(), wanted)
     return (*key.facts(), *found, *(f"a grant goes round the policy, {grant}" for grant in key.grants() if grant.opens))
+
+
+def checked(key: Key, agreement: Agreement, principals: Principals) -> CheckedKey:
+    """The proof of `check`, under an agreement; StateError, code "policy", with everything that is otherwise."""
+    found = check(key, kms_policy.policy_of(agreement, principals))
+    if found:
+        raise StateError(f"{key.arn} is not as agreed, nothing is sent: {'; '.join(found)}", code="policy")
+    return CheckedKey(agreement, key.arn, _TOKEN)
 
 
 Connect = Callable[[str], Key]

@@ -20,6 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from parley.disk import Vault, locked, make_folder, sync_folder, write_file
+from parley.kms import CheckedKey
 from parley.reading import PreparedTable, Progress
 from parley.spool import BLOB, ENTRY, SealedTable, Spooled, sealed_table
 from parley_protocol.agreement.schema import Table
@@ -45,7 +46,7 @@ def source_digest(source: object, prepared: PreparedTable | None = None) -> byte
 
 def seal(
     prepared: PreparedTable,
-    offer: VerifiedOffer,
+    proof: VerifiedOffer | CheckedKey,
     party: str,
     identity: PrivateIdentity,
     vault: Vault,
@@ -58,10 +59,11 @@ def seal(
 ) -> SealedTable:
     """Seals a table under a fresh content key into a new directory of `spool`, named by the upload's digest.
 
-    The host learns the size only to a bucket. Nothing is sealed for an enclave that was not verified: hence the offer.
+    The host learns the size only to a bucket. Nothing is sealed for an enclave that was not verified, or
+    under a KMS key that opens to others: hence the proof.
     StateError where the spool takes no more, as on a full disk; then nothing is left of the draft.
     """
-    agreement = offer.agreement
+    agreement = proof.agreement
     table = agreement.tables[prepared.name]
     groups, group_rows = bucket(prepared.rows)
     content_key = random(32)

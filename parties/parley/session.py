@@ -23,6 +23,7 @@ from parley.disk import write_file
 from parley.images import AcceptedImage, matching_image, seen_image
 from parley.release import Release
 from parley.spool import SealedTable, content_key
+from parley.standing import NOISE_SHARE, Bringing, Progress, tell
 from parley.state import Joined, Series, SignedRoster, View
 from parley_protocol import hpke
 from parley_protocol.agreement.model import Agreement
@@ -30,9 +31,8 @@ from parley_protocol.attestation.document import parse_unverified
 from parley_protocol.chain import ChainState, verify_chain
 from parley_protocol.claims import VerifiedOffer, needs_countersignatures, verify_offer, verify_receipt, verify_roster
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import CODES, DataError, MalformedError, ParleyError, RefusedError, StateError
+from parley_protocol.errors import CODES, MalformedError, ParleyError, RefusedError, StateError
 from parley_protocol.transcript import (
-    NO_ROSTER_KEY,
     Countersignature,
     Included,
     Join,
@@ -45,9 +45,6 @@ from parley_protocol.transcript import (
     RosterConsent,
     Start,
     join_info,
-    kms_context,
-    kms_plaintext,
-    kms_share_context,
     noise_share_context,
     share_digest,
 )
@@ -55,15 +52,10 @@ from parley_protocol.transcript import (
 if TYPE_CHECKING:
     from parley.connection import Connection
     from parley.kms import Key
-    from parley.reading import PreparedTable, Source
+    from parley.reading import Source
     from parley.transport import Transport
 
-Progress = Callable[[str, int, int], None]
-"""Called with a step's name (verify, read, sort, seal, upload, join, wait, compute, fetch), done and total."""
-
 _log: Final = logging.getLogger("parley")
-
-NOISE_SHARE: Final = b"parley/1/noise-share"
 _WAKE_S: Final = 10.0
 """Without an event, a waiting client asks so often."""
 _BURST_S: Final = 0.2
@@ -137,19 +129,14 @@ class _Bell:
             self._ended.wait(_BURST_S)
 
 
-class Session:
+class Session(Bringing):
     """One session (`id`, 16 bytes) of one agreement, over a connection."""
 
     def __init__(self, connection: Connection, agreement: Agreement, session: bytes) -> None:
         if len(session) != 16:
             raise MalformedError("a session's id has 16 bytes")
+        super().__init__(connection, agreement)
         self.id = session
-        self.agreement = agreement
-        self.member = connection.member
-        self.name = connection.member.name_in(agreement)
-        self._connection = connection
-        self._transport = connection.transport
-        self._state = connection.member.state
         self._sign = True
         self._image: AcceptedImage | None = None
 
@@ -195,13 +182,7 @@ class Session:
         return self._image
 
     def _verify(self, trust_head: bytes | None = None) -> _Verified:
-        series = self._state.series(self.agreement.series)
-        if series is None:
-            if trust_head is None:
-                raise StateError(
-                    "nothing is known here of this series: restore your state, or trust a head that another member tells you"
-                )
-            series = self._state.trust(self.agreement, trust_head)
+        series = self._known_series(trust_head)
         self._check_newest(series)
         lineage = self._connection.lineage(self.agreement)
         nonce = secrets.token_bytes(32)
@@ -215,10 +196,6 @@ class Session:
         )
         self._image = seen_image(self.agreement, verified.enclave)
         return _Verified(verified, reply.document, chain)
-
-    def _check_newest(self, series: Series | None) -> None:
-        if series is not None and series.newest.agreement != self.agreement.digest:
-            raise StateError(f"you signed version {series.newest.version}; sessions of other versions are not joined")
 
     def _follow(self, series: Series, lineage: Sequence[Agreement], head: bytes) -> ChainState:
         """The verified chain up to `head`; up to what was verified before where `head` does not follow it (then the
@@ -272,76 +249,8 @@ class Session:
         self, tables: Mapping[str, Source], progress: Progress | None = None, *, trust_head: bytes | None = None
     ) -> list[SealedTable]:
         """Reads, checks and seals tables into the spool; a table that stands there sealed already is not sealed again."""
-        wanted = self.agreement.tables_of(self.name)
-        if not wanted:
-            raise RefusedError("not-a-member", f"{self.name} brings no table to {self.agreement.title}")
-        if sorted(tables) != list(wanted):
-            raise DataError(
-                f"you bring {', '.join(wanted)}, not {', '.join(sorted(tables)) or 'nothing'}", code="schema"
-            )
-        offer = self._verify(trust_head).offer
-        _tell(progress, "verify", 1, 1)
-        from parley.sealing import seal
-
-        # All are read before the first is sealed: an error leaves nothing behind.
-        found = {name: self._prepared(name, tables[name], progress) for name in wanted}
-        sealed = []
-        for item in found.values():
-            if isinstance(item, SealedTable):
-                sealed.append(item)
-                continue
-            digest, prepared = item
-            sealed.append(
-                seal(
-                    prepared,
-                    offer,
-                    self.name,
-                    self.member.identity,
-                    self._state.vault,
-                    self._state.spool,
-                    source=digest,
-                    progress=progress,
-                )
-            )
-        return sealed
-
-    def _prepared(
-        self, name: str, source: Source, progress: Progress | None
-    ) -> SealedTable | tuple[bytes, PreparedTable]:
-        # The engine takes a quarter of a second to import, which nothing but reading needs.
-        from parley.reading import prepare
-        from parley.sealing import source_digest
-
-        is_file = isinstance(source, (str, Path))
-        digest, before = b"", tuple[int, ...]()
-        if is_file:
-            if not Path(source).is_file():
-                raise DataError("no such file", source=str(source))
-            before = _identity_of(Path(source))
-            digest = source_digest(source)
-            known = self._spooled(name, digest)
-            if known is not None:
-                return known
-        prepared = prepare(source, self.agreement, name, progress=progress)
-        if is_file and _identity_of(Path(source)) != before:
-            raise DataError("the file was changed while it was read", source=Path(source).name)
-        if not is_file:
-            digest = source_digest(source, prepared)
-            known = self._spooled(name, digest)
-            if known is not None:
-                return known
-        return digest, prepared
-
-    def _spooled(self, table: str, source: bytes) -> SealedTable | None:
-        for entry, sealed in self._state.uploads(self.agreement.digest, table):
-            if entry.source == source and entry.party == self.name and sealed.blob.is_file():
-                return sealed
-        return None
-
-    def upload(self, tables: Sequence[SealedTable], progress: Progress | None = None) -> None:
-        """Sends what the coordinator lacks of sealed tables."""
-        for table in tables:
-            self._transport.upload(table.upload, table.cose, table.blob, progress)
+        self._check_tables(tables)
+        return self._seal(tables, self._verify(trust_head).offer, progress)
 
     # Joining
 
@@ -362,100 +271,6 @@ class Session:
             return self._join(self._verify(trust_head), tables, progress)
 
     # Joining by KMS
-
-    def kms_key(self, given: str | Key | None = None) -> Key | None:
-        """This member's KMS key by the agreement; None where it names none. StateError where `given` is another one.
-
-        `given`: its ARN, or the key itself where it is not reached with what AWS's configuration says."""
-        agreed = self.agreement.kms.get(self.name)
-        name = given if given is None or isinstance(given, str) else given.arn
-        if agreed is None:
-            if name is not None:
-                raise StateError(f"the agreement names no KMS key of {self.name}: an amendment can", code="agreement")
-            return None
-        if name not in (None, agreed.text):
-            raise StateError(f"the agreement names another KMS key of {self.name}, {agreed}", code="agreement")
-        if given is not None and not isinstance(given, str):
-            return given
-        from parley.kms import Key
-
-        return Key.connect(agreed.text)
-
-    def check_kms_key(self, key: Key) -> None:
-        """That nobody but the enclaves of this agreement gets at what the key will hold: the key, its live policy and its
-        grants are read and compared (kms-15). StateError, code "policy", with everything that is otherwise."""
-        from parley import kms
-        from parley_protocol import kms_policy
-
-        principals = self._state.principals(key.arn)
-        if principals is None:
-            raise StateError(
-                f"who stands in the policy of {key.arn} is not known here: `parley kms check` with --coordinator-role and"
-                " --admin, once",
-                code="policy",
-            )
-        found = kms.check(key, kms_policy.policy_of(self.agreement, principals))
-        if found:
-            raise StateError(f"{key.arn} is not as agreed, nothing is sent: {'; '.join(found)}", code="policy")
-
-    def join_by_kms(
-        self,
-        tables: Sequence[SealedTable] | None = None,
-        progress: Progress | None = None,
-        *,
-        kms_key: str | Key | None = None,
-    ) -> KmsJoin:
-        """Lets every session of this agreement open the uploads by this member's KMS key, until a later one (kms-16).
-
-        Without `tables`: those of the last one. It is neither forward secret nor post-quantum; the key's policy revokes it.
-        """
-        with self._state.joining(self.agreement.series):
-            _tell(progress, "join", 0, 1)
-            self._check_newest(self._state.series(self.agreement.series))
-            uploads = self._uploads(tables)
-            known = self._state.kms_join(self.agreement.digest)
-            key = self.kms_key(kms_key)
-            if key is None:
-                raise StateError(f"the agreement names no KMS key of {self.name}", code="agreement")
-            self.check_kms_key(key)
-            same = known is not None and known[0].uploads == uploads
-            refused = self.status().refused.get(self.name, "")
-            if known is not None and same and not refused and self._usable(known[0]):
-                join, cose = known
-            else:
-                # A join that was refused is not tried again, so the same one would change nothing (kms-14). Where the key
-                # was closed, its ciphertext is still good.
-                join, cose = self._new_kms_join(uploads, None if same and refused == "revoked" else key)
-            self._transport.put_kms_join(cose)
-            _tell(progress, "join", 1, 1)
-            return join
-
-    def _usable(self, join: KmsJoin) -> bool:
-        """Whether a KMS join can still lead to a computation: its one-time key is there where one is needed."""
-        return not needs_countersignatures(self.agreement) or self._state.has_roster_key(join.roster_key)
-
-    def _new_kms_join(self, uploads: tuple[bytes, ...], key: Key | None) -> tuple[KmsJoin, bytes]:
-        """A KMS join with a fresh one-time key, kept. Without `key` with the last one's ciphertext, which the coordinator
-        has: then nothing new is given away."""
-        identity, agreement = self.member.identity, self.agreement
-        share = identity.derive(NOISE_SHARE, kms_share_context(agreement.digest, uploads), 32)
-        if key is None:
-            known = self._state.kms_join(agreement.digest)
-            assert known is not None and known[0].uploads == uploads
-            ciphertext = known[0].ciphertext
-        else:
-            keys = tuple(content_key(self._state.upload(upload), self._state.vault) for upload in uploads)
-            context = kms_context(agreement.digest, self.name, uploads)
-            ciphertext = key.encrypt(kms_plaintext(keys, share), context)
-        roster_key = Ed25519PrivateKey.generate() if needs_countersignatures(agreement) else None
-        public = NO_ROSTER_KEY if roster_key is None else roster_key.public_key().public_bytes_raw()
-
-        def make(number: int) -> bytes:
-            join = KmsJoin(agreement.digest, self.name, uploads, ciphertext, share_digest(share), public, number)
-            return identity.sign(join.to_bytes())
-
-        cose = self._state.begin_kms_join(agreement.series, agreement.digest, roster_key, make)
-        return KmsJoin.from_bytes(payload_unverified(cose)), cose
 
     def _renew_kms_join(self, join: KmsJoin) -> None:
         """Sends the next KMS join, where the last one's one-time key is used up."""
@@ -522,7 +337,7 @@ class Session:
             return made
 
     def _join(self, verified: _Verified, tables: Sequence[SealedTable] | None, progress: Progress | None) -> Receipt:
-        _tell(progress, "join", 0, 1)
+        tell(progress, "join", 0, 1)
         uploads = self._uploads(tables)
         known = self._state.joined(self.id)
         if known is not None and known.offer != verified.offer.offer.to_bytes():
@@ -546,30 +361,15 @@ class Session:
             raise RefusedError.from_wire(reply.code, f"the enclave refused: {reply.code}")
         receipt = verify_receipt(reply.receipt, verified.offer.offer, joined.join)
         self._state.end_join(self.id, reply.receipt)
-        _tell(progress, "join", 1, 1)
+        tell(progress, "join", 1, 1)
         return receipt
 
     def _uploads(self, tables: Sequence[SealedTable] | None) -> tuple[bytes, ...]:
-        wanted = self.agreement.tables_of(self.name)
-        if tables is not None:
-            found = {table.table: table.upload for table in tables}
-        else:
-            before = [joined for joined in self._state.sessions() if joined.agreement == self.agreement.digest]
-            here = self._state.joined(self.id)
-            if here is not None:
-                return here.join.uploads
-            by_kms = self._state.kms_join(self.agreement.digest)
-            if by_kms is not None:
-                return by_kms[0].uploads
-            spooled = [sealed for name in wanted for _, sealed in self._state.uploads(self.agreement.digest, name)]
-            newest = sorted(spooled, key=lambda sealed: sealed.folder.stat().st_mtime_ns)
-            last = {upload for joined in before for upload in joined.join.uploads}
-            # What was joined before wins over what was only sealed.
-            found = {sealed.table: sealed.upload for sealed in newest}
-            found |= {sealed.table: sealed.upload for sealed in newest if sealed.upload in last}
-        if sorted(found) != list(wanted):
-            raise StateError("no upload of each of your tables is here: submit them")
-        return tuple(found[name] for name in wanted)
+        here = self._state.joined(self.id)
+        return here.join.uploads if tables is None and here is not None else super()._uploads(tables)
+
+    def _refused(self) -> str:
+        return self.status().refused.get(self.name, "")
 
     def _leave_others(self, verified: _Verified) -> None:
         """Learns which other sessions under this head are lost; the state refuses the join while one is not (F2)."""
@@ -775,10 +575,10 @@ class Session:
                 continue
             phases = [phase for _, phase in status.parties]
             if status.phase == "computing":
-                _tell(progress, "compute", status.percent, 100)
+                tell(progress, "compute", status.percent, 100)
             else:
                 ready = "countersigned" if status.phase == "rostered" else "joined"
-                _tell(progress, "wait", sum(phase in (ready, "countersigned") for phase in phases), len(phases))
+                tell(progress, "wait", sum(phase in (ready, "countersigned") for phase in phases), len(phases))
             left = _WAKE_S if end is None else min(_WAKE_S, end - time.monotonic())
             if left <= 0:
                 return status
@@ -920,13 +720,3 @@ class Session:
         if moved.head != record.head or not moved.sequence:
             raise StateError("the release does not follow the head that was verified", code="head")
         self._state.move_head(series.series, moved)
-
-
-def _identity_of(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _tell(progress: Progress | None, step: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(step, done, total)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parley import Session
+from parley import Session, Standing
 from parley_deploy.nsm import LocalRoot
 from parley_deploy.pki import system_now_ms
 from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.agreement.model import Consent
-from parley_protocol.errors import RefusedError, StateError
+from parley_protocol.errors import RefusedError, StateError, VerificationError
 from parley_protocol.transcript import NO_ROSTER_KEY, KmsJoin
-from support.aws import PRINCIPALS, Aws, aws
+from support.aws import PRINCIPALS, SEALER, Aws, aws
 from support.client import Members, frame_of, members
 from support.enclave import until
 
@@ -57,6 +61,39 @@ class World:
         join = self.bob(session).submit({"visits": path}, kms_key=self.aws.key(self.key))
         assert isinstance(join, KmsJoin)
         return join
+
+    def standing(self) -> Standing:
+        """What bob does without a session."""
+        found = self.made.connect("bob").standing(self.made.agreement)
+        found.member.state.remember_principals(self.key.text, PRINCIPALS)
+        return found
+
+    def submit_by_process(self) -> dict[str, Any]:
+        """bob brings his table with a command line, which has ended when this returns; what it says of the join."""
+        self.standing()
+        path = self.made.csv("bob", frame_of(1))
+        coordinator, sealer = self.made.coordinator, self.aws.credentials[SEALER]
+        environment = {
+            **os.environ,
+            "PARLEY_COORDINATOR": coordinator.address,
+            "PARLEY_CERT": str(coordinator.folder / "tls.crt"),
+            "AWS_ENDPOINT_URL_KMS": self.aws.url,
+            "AWS_ACCESS_KEY_ID": sealer.access_key,
+            "AWS_SECRET_ACCESS_KEY": sealer.secret_key,
+        }
+        command = ["submit", self.made.agreement.title, f"visits={path.name}", "--kms-key", self.key.text, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "parley.cli", *command],
+            cwd=path.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        [said] = [json.loads(line) for line in done.stdout.splitlines()]
+        assert said["step"] == "joined" and said["session"] is None and said["kms_key"] == self.key.text
+        return dict(said)
 
     def cyd(self, session: bytes) -> None:
         """cyd joins."""
@@ -148,6 +185,72 @@ def test_kms_13_with_standing_consent_a_party_is_away_for_good_also_when_the_enc
         assert entry is not None and entry.join == join.digest
         # What bob never saw is what he allowed.
         assert world.bob(session.id).release().sequence == number + 1
+
+
+def test_kms_18_with_standing_consent_a_party_brings_its_table_and_is_gone_before_an_enclave_lives(make: Make) -> None:
+    world = make(consent=Consent.STANDING)
+    assert world.submit_by_process()["join"] == world.submit_by_process()["join"]
+    assert world.made.coordinator.enclaves() == []
+    assert world.made.connect("bob").inbox() == []
+    ann = world.open()
+    world.cyd(ann.id)
+    until(lambda: set(world.phases(ann).values()) == {"joined"})
+    ann.start()
+    assert ann.wait(timeout_s=60).phase == "released"
+    entry = ann.release().verified.roster.entry("bob")
+    state = world.made.connect("bob").member.state
+    [(join, _)] = state.kms_joins(world.made.agreement.digest)
+    assert entry is not None and entry.join == join.digest
+    assert world.bob(ann.id).release().sequence == 1
+
+
+def test_kms_18_a_party_that_came_before_the_session_is_away_until_the_roster(make: Make) -> None:
+    world = make()
+    world.submit_by_process()
+    assert world.made.coordinator.enclaves() == []
+    ann = world.open()
+    until(lambda: world.phases(ann)["bob"] == "joined")
+    world.cyd(ann.id)
+    ann.start()
+    world.session("cyd").countersign()
+    bob = world.bob(ann.id)
+    bob.countersign()
+    assert bob.wait(timeout_s=60).phase == "released"
+    assert ann.release().verified.roster.entry("bob") is not None
+
+
+def test_kms_18_without_a_session_nothing_is_sealed_under_a_key_that_others_may_use(make: Make) -> None:
+    world = make()
+    world.aws.revoke(world.key)
+    table = {"visits": world.made.csv("bob", frame_of(1))}
+    bob = world.standing()
+    with pytest.raises(StateError) as caught:
+        bob.submit(table, kms_key=world.aws.key(world.key))
+    assert caught.value.code == "policy"
+    state = bob.member.state
+    assert state.uploads(world.made.agreement.digest, "visits") == []
+    assert state.kms_join(world.made.agreement.digest) is None
+    with pytest.raises(StateError, match="names no KMS key of cyd") as none:
+        world.made.connect("cyd").standing(world.made.agreement).submit({"visits": world.made.csv("cyd", frame_of(2))})
+    assert none.value.code == "agreement"
+
+
+def test_kms_18_without_a_session_nothing_is_sealed_under_an_agreement_that_not_all_have_signed(make: Make) -> None:
+    world = make()
+    signed = world.made.agreement
+    following = replace(signed, version=2, replaces=signed.digest, series_digest=signed.digest, purpose="Amended.")
+    world.made.connect("ann").put(following)
+    world.made.connect("bob").sign(following)
+    world.aws.agree(world.key, following)
+    bob = world.made.connect("bob").standing(following)
+    bob.member.state.remember_principals(world.key.text, PRINCIPALS)
+    table = {"visits": world.made.csv("bob", frame_of(1))}
+    with pytest.raises(VerificationError):
+        bob.submit(table, kms_key=world.aws.key(world.key))
+    # Nor under the one before, of which bob has said that it is over.
+    with pytest.raises(StateError, match="you signed version 2"):
+        world.standing().submit(table, kms_key=world.aws.key(world.key))
+    assert bob.member.state.uploads(following.digest, "visits") == []
 
 
 def test_kms_13_a_coordinator_that_is_killed_joins_the_party_anew(make: Make) -> None:

@@ -25,7 +25,7 @@ from parley.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from parley import InboxItem, Session, SessionStatus
+    from parley import Connection, InboxItem, SealedTable, Session, SessionStatus, Standing
     from parley.kms import Key
     from parley_protocol.agreement.model import Agreement
     from parley_protocol.claims import VerifiedOffer
@@ -223,43 +223,44 @@ def submit(
     """Verify the enclave, then check, seal and upload your tables, join, and wait for the result.
 
     CSV, Parquet and Arrow files. An error in a file ends it before anything is sent. Stopped, the same line goes on.
-    Where the agreement names a KMS key of yours, its policy is checked first, and sessions join without you.
+    Where the agreement names a KMS key of yours, its policy is checked first, and sessions join without you: no
+    session has to be open yet.
     """
+    from parley import Session, Standing
+
     out = Console(as_json)
     files = _files(tables)
+    head = None if trust_head is None else bytes_of(trust_head)
     with connect(key, to, cert) as connection:
-        session = find_session(agreement, connection)
-        own_key = _kms_key(session, kms_key, profile)
-        _verified(session, out, trust_head)
+        brings = _session_or_standing(agreement, connection)
+        session = brings if isinstance(brings, Session) else None
+        own_key = _kms_key(brings, kms_key, profile)
+        if session is not None:
+            _verified(session, out, trust_head)
         if own_key is not None:
-            session.check_kms_key(own_key)
+            brings.check_kms_key(own_key)
             out.line("kms key", f"{own_key.arn}: its policy and grants are as agreed")
         with out.progress() as bars:
-            sealed = session.seal(files, bars.update)
-        unit = session.agreement.unit.name
-        for table in sealed:
-            from parley.cli.summary import several
-
-            text = f"{table.table}: {plural(table.rows, 'row')}, {table.units:,} {several(unit)}"
-            if table.dropped:
-                key_name = session.agreement.tables[table.table].key
-                text += f"; {plural(table.dropped, 'row')} without {key_name} will not be used"
-            out.line("table", text)
+            if isinstance(brings, Standing):
+                sealed = brings.seal(files, bars.update, trust_head=head, kms_key=own_key)
+            else:
+                sealed = brings.seal(files, bars.update)
+        _say_tables(brings.agreement, sealed, out)
         with out.progress() as bars:
-            session.upload(sealed, bars.update)
+            brings.upload(sealed, bars.update)
         out.line("upload", f"{size(sum(table.size for table in sealed))}, sealed")
         with out.progress() as bars:
-            if own_key is None:
+            if session is not None and own_key is None:
                 receipt = session.join(sealed, bars.update).digest
                 out.line("receipt", short(receipt))
                 facts: dict[str, Any] = {"receipt": receipt.hex(), **_image_facts(session)}
             else:
-                stands = session.join_by_kms(sealed, bars.update, kms_key=own_key)
+                stands = brings.join_by_kms(sealed, bars.update, kms_key=own_key)
                 out.line("join", f"{short(stands.digest)}: stands for every session under your KMS key")
-                facts = {"join": stands.digest.hex(), "kms_key": own_key.arn}
+                facts = {"join": stands.digest.hex(), "kms_key": brings.agreement.kms[brings.name].text}
         out.result(
             step="joined",
-            session=session.id.hex(),
+            session=None if session is None else session.id.hex(),
             **facts,
             tables={
                 table.table: {
@@ -272,20 +273,59 @@ def submit(
                 for table in sealed
             },
         )
-        if wait:
+        if session is None:
+            _say_standing(brings.agreement, out)
+        elif wait:
             _wait(session, out, sign=sign)
         else:
             out.line("next", f"parley submit again, or parley roster sign {session_name(session.id)} when all are in")
 
 
-def _kms_key(session: Session, given: str | None, profile: str | None) -> Key | None:
+def _session_or_standing(text: str, connection: Connection) -> Session | Standing:
+    """The session that is meant. Where none is open: what a caller whose KMS key the agreement names does without."""
+    from parley_protocol.errors import RefusedError
+
+    try:
+        return find_session(text, connection)
+    except RefusedError as error:
+        if error.code != "unknown-session":
+            raise
+        try:
+            found = find_agreement(text, None, None, None, connection=connection).agreement()
+        except Failure:
+            raise error from None  # a session was named by its id
+        if connection.member.name_in(found) not in found.kms:
+            raise
+        return connection.standing(found)
+
+
+def _kms_key(brings: Session | Standing, given: str | None, profile: str | None) -> Key | None:
     """The caller's KMS key, reached with a profile where one is named; None where the agreement names none."""
-    agreed = session.agreement.kms.get(session.name)
+    agreed = brings.agreement.kms.get(brings.name)
     if agreed is None or profile is None or given not in (None, agreed.text):
-        return session.kms_key(given)
+        return brings.kms_key(given)
     from parley.kms import Key
 
-    return session.kms_key(Key.connect(agreed.text, profile=profile))
+    return brings.kms_key(Key.connect(agreed.text, profile=profile))
+
+
+def _say_tables(agreement: Agreement, sealed: list[SealedTable], out: Console) -> None:
+    from parley.cli.summary import several
+
+    for table in sealed:
+        text = f"{table.table}: {plural(table.rows, 'row')}, {table.units:,} {several(agreement.unit.name)}"
+        if table.dropped:
+            key_name = agreement.tables[table.table].key
+            text += f"; {plural(table.dropped, 'row')} without {key_name} will not be used"
+        out.line("table", text)
+
+
+def _say_standing(agreement: Agreement, out: Console) -> None:
+    from parley_protocol.claims import needs_countersignatures
+
+    out.line("session", "none is open; the next one joins without you")
+    if needs_countersignatures(agreement):
+        out.line("next", f"parley roster sign {agreement.title}, when parley inbox says so")
 
 
 def _files(tables: list[str]) -> dict[str, Path]:

@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from parley import reading
+from parley.kms import CheckedKey
 from parley.sealing import seal
 from parley.spool import content_key, spooled
 from parley_protocol import table
@@ -158,3 +159,8 @@ def test_the_wrong_tables_are_named(desk: Desk) -> None:
 def test_only_a_verified_offer_is_sealed_for(desk: Desk) -> None:
     with pytest.raises(AttributeError):
         seal(pd.DataFrame(), desk.agreement, "ada", *(None for _ in range(3)), source=b"")  # type: ignore[arg-type]
+
+
+def test_kms_18_a_checked_key_comes_from_the_check_and_from_nowhere_else(desk: Desk) -> None:
+    with pytest.raises(TypeError, match="from nowhere else"):
+        CheckedKey(desk.agreement, "arn:aws:kms:eu-central-1:444455556666:key/a", object())
