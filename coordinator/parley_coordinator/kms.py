@@ -66,14 +66,23 @@ class _Client:
     """By the monotonic clock."""
 
 
+@dataclass(slots=True)
+class _Place:
+    """An account and region. The lock is held while its client is made, for which STS may take its time."""
+
+    lock: threading.Lock
+    client: _Client | None = None
+
+
 class Kms:
     """KMS by boto3, with a client for each account and region."""
 
     def __init__(self, config: KmsConfig, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._monotonic = monotonic
+        # Held while the table is looked at, never while AWS is asked: one account that does not answer stops no other.
         self._lock = threading.Lock()
-        self._clients: dict[tuple[str, str, str], _Client] = {}
+        self._places: dict[tuple[str, str, str], _Place] = {}
 
     def decrypt(self, key: KeyArn, ciphertext: bytes, context: Mapping[str, str], document: bytes) -> bytes:
         """See `Keys`."""
@@ -137,12 +146,12 @@ class Kms:
         return _operator(f"KMS refuses the request: {code}", key)
 
     def _client(self, key: KeyArn) -> KMSClient:
-        place = (key.partition, key.account, key.region)
         with self._lock:
-            known = self._clients.get(place)
-            if known is None or self._monotonic() > known.ends:
-                known = self._clients[place] = self._made(key)
-            return known.client
+            place = self._places.setdefault((key.partition, key.account, key.region), _Place(threading.Lock()))
+        with place.lock:
+            if place.client is None or self._monotonic() > place.client.ends:
+                place.client = self._made(key)
+            return place.client.client
 
     def _made(self, key: KeyArn) -> _Client:
         session, ends = self._session(key)

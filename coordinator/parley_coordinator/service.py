@@ -55,6 +55,11 @@ RETRY_S = 0.5
 """When events are read again, after that failed."""
 WAITING = 2
 """Messages of one upload that wait for the disk: memory of a stream."""
+WRITING = 8
+"""Chunks of all uploads that go to the disk at a time, half of the threads for it: each stream takes its turn, and what waits
+stays with its client. Without turns the streams that are under way leave no time to take a new call."""
+TURN_S = 0.25
+"""How long a turn is: a blob store that does not answer one upload stops no other."""
 PATIENCE_S = 0.25
 """How soon an upload's stream notices that another one has taken over."""
 
@@ -104,6 +109,8 @@ class Service(CoordinatorServicer):
         self._joins = joins
         self._watches: Counter[bytes] = Counter()
         self._stopping = asyncio.Event()
+        # Those who wait for a turn get it in the order in which they came.
+        self._turns = asyncio.Semaphore(WRITING)
         self._watching = watching
         self._tail: Tail | None = None
         self._following: asyncio.Future[None] | None = None
@@ -273,7 +280,7 @@ class Service(CoordinatorServicer):
             while (request := await self._next(waiting, reading, writing)) is not None:
                 if request.WhichOneof("part") != "chunk":
                     raise MalformedError("UploadRequest: not a chunk after the first message")
-                await self._in(self._disk, writing.write, request.chunk.offset, request.chunk.data)
+                await self._write(writing, request.chunk)
                 if writing.unsynced >= limits.SYNC_BYTES and (syncing is None or syncing.done()):
                     if syncing is not None:
                         syncing.result()
@@ -288,6 +295,18 @@ class Service(CoordinatorServicer):
                 await asyncio.shield(asyncio.wait([syncing]))
         if syncing is not None:
             syncing.result()
+
+    async def _write(self, writing: Writing, chunk: pb.Chunk) -> None:
+        step: asyncio.Future[None] | None = None
+        try:
+            async with self._turns:
+                step = asyncio.ensure_future(self._in(self._disk, writing.write, chunk.offset, chunk.data))
+                await asyncio.wait([step], timeout=TURN_S)
+            await asyncio.shield(step)
+        finally:
+            if step is not None:
+                # Also when the client is gone: no blob is closed while a thread writes to it.
+                await asyncio.shield(asyncio.wait([step]))
 
     async def _next(
         self, waiting: asyncio.Queue[pb.UploadRequest | None], reading: asyncio.Future[None], writing: Writing

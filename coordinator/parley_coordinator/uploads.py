@@ -51,10 +51,20 @@ def blob_size(upload: Upload, agreement: Agreement) -> int:
     return Layout.of(header, agreement.tables[header.table].widths).size
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """That of the one stream of an upload in this process, from before its blob is opened until it is closed."""
+
+    superseded: threading.Event
+    ended: threading.Event
+
+
 class Writing:
     """One upload that is being written. `write` and `sync` may run in two threads; all else in one at a time."""
 
-    def __init__(self, store: Store, clock: Clock, row: UploadRow, writer: BlobWriter) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, row: UploadRow, writer: BlobWriter, superseded: threading.Event
+    ) -> None:
         self._store = store
         self._clock = clock
         self._number = row.number
@@ -62,8 +72,7 @@ class Writing:
         self._synced = row.stored
         self._generation = row.writer
         self.size = row.size
-        self.superseded = threading.Event()
-        self._ended = threading.Event()
+        self.superseded = superseded
 
     @property
     def position(self) -> int:
@@ -113,14 +122,9 @@ class Writing:
             self._synced = row.stored
             return view(row)
 
-    def wait_end(self, seconds: float) -> bool:
-        """Whether the upload has ended within a time."""
-        return self._ended.wait(seconds)
-
-    def end(self) -> None:
+    def close(self) -> None:
         """Closes the blob; called once, by `Uploads.writing`."""
         self._writer.close()
-        self._ended.set()
 
 
 class Uploads:
@@ -134,8 +138,10 @@ class Uploads:
         self._blobs = blobs
         self._quotas = quotas
         self._clock = clock
+        # Held while the table is looked at, and never while the database or the blob store is asked: one upload whose answer
+        # is slow to come stops no other.
         self._lock = threading.Lock()
-        self._writing: dict[int, Writing] = {}
+        self._turns: dict[int, _Turn] = {}
 
     def get(self, key: bytes, digest: bytes) -> UploadView:
         """How far the caller's upload is."""
@@ -193,31 +199,39 @@ class Uploads:
     @contextmanager
     def writing(self, row: UploadRow) -> Iterator[Writing]:
         """The one stream that writes an upload; a later one takes over, since the former one's client has gone (crd-9)."""
-        with self._lock:
-            before = self._writing.get(row.number)
-            if before is not None:
-                before.superseded.set()
-        if before is not None and not before.wait_end(self._handover_s):
-            raise RefusedError("busy", "another stream still writes this upload")
-        with self._lock:
-            if row.number in self._writing:
-                raise RefusedError("busy", "another stream writes this upload")
+        turn = self._take_turn(row.number)
+        try:
             # What was acknowledged may have grown since `row` was read; from here on no other stream adds to it.
             with self._store.write() as session:
                 found = session.get(UploadRow, row.number)
                 if found is None:
                     raise RefusedError("unknown-upload", "the upload has been deleted")
-                row, state = found, found.state
-                row.writer += 1
-                row.state = self._reserve(row)
-            current = Writing(self._store, self._clock, row, self._open(row, state))
-            self._writing[row.number] = current
-        try:
-            yield current
+                state = found.state
+                found.writer += 1
+                found.state = self._reserve(found)
+            current = Writing(self._store, self._clock, found, self._open(found, state), turn.superseded)
+            try:
+                yield current
+            finally:
+                current.close()
         finally:
             with self._lock:
-                del self._writing[row.number]
-            current.end()
+                del self._turns[row.number]
+            turn.ended.set()
+
+    def _take_turn(self, number: int) -> _Turn:
+        """The turn at an upload, after the stream before has ended; RefusedError "busy" where it does not in time."""
+        with self._lock:
+            before = self._turns.get(number)
+        if before is not None:
+            before.superseded.set()
+            if not before.ended.wait(self._handover_s):
+                raise RefusedError("busy", "another stream still writes this upload")
+        turn = _Turn(threading.Event(), threading.Event())
+        with self._lock:
+            if self._turns.setdefault(number, turn) is not turn:
+                raise RefusedError("busy", "another stream writes this upload")
+        return turn
 
     def _reserve(self, row: UploadRow) -> str:
         try:

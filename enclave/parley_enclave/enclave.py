@@ -175,17 +175,19 @@ class Enclave:
 
         Every answer that is not the right one is refused with code "key", and as late as any other (kms-9).
         """
-        arrived = time.monotonic()
         brought, known = self._kms_join(Op.KMS_JOIN, session, signed, uploads)
         if known is not None:
             return known
+        begun = time.monotonic()
         try:
             with self._changed:
+                # Anew: of a call that waited long for the lock, the answer would else tell when it was opened.
+                begun = time.monotonic()
                 state = self._kms_session(Op.KMS_JOIN, session)
                 recipient = state.answered(brought.join)
             opened = admission.open_kms_join(brought, recipient.open(answer, brought.size))
         except VerificationError:
-            time.sleep(max(0.0, arrived + limits.KMS_OPEN_MS / 1000 - time.monotonic()))
+            time.sleep(max(0.0, begun + limits.KMS_OPEN_MS / 1000 - time.monotonic()))
             raise
         with self._changed:
             state.unopened[brought.join.party] -= 1

@@ -96,7 +96,7 @@ KMS_BLOB_BYTES: Final = 6144
 KMS_ANSWERS: Final = 16
 """Answers for one party that do not open, in one session: retries after that are guesses. An oracle would need thousands."""
 KMS_OPEN_MS: Final = 100
-"""When a refused answer of KMS is answered, counted from its arrival: many times what opening takes, so no step shows."""
+"""When a refused answer of KMS is answered, counted from when its turn has come: many times what opening takes, so no step shows."""
 STATEMENT_BYTES: Final = 1 << 20
 """One statement in its envelope."""
 AGREEMENT_BYTES: Final = 8 << 20

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +17,7 @@ from botocore.stub import Stubber
 from parley_coordinator import kms as module
 from parley_coordinator.config import KmsAccount, KmsConfig
 from parley_coordinator.kms import Kms
+from parley_protocol.agreement.key_arn import KeyArn
 from parley_protocol.errors import RefusedError, UnavailableError
 from support.kms import arn
 
@@ -204,6 +208,34 @@ def test_a_role_is_assumed_once_and_again_before_it_ends(sessions: type[_Session
     now = 3400.0
     ask(kms)
     assert sessions.made == first + first
+
+
+def test_an_account_whose_role_is_slow_to_come_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(KEY, account="999988887777")
+    reached, free = threading.Event(), threading.Event()
+    made: list[str] = []
+
+    def slow(self: Kms, key: KeyArn) -> module._Client:
+        made.append(key.account)
+        if key == KEY:
+            reached.set()
+            assert free.wait(60)
+        client: Any = type("Client", (), {"decrypt": lambda self, **_: {"CiphertextForRecipient": ANSWER}})()
+        return module._Client(client, float("inf"))
+
+    monkeypatch.setattr(Kms, "_made", slow)
+    kms = Kms(KmsConfig())
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            waiting = [pool.submit(ask, kms) for _ in range(2)]
+            assert reached.wait(10)
+            asked = pool.submit(kms.decrypt, other, b"ciphertext", CONTEXT, DOCUMENT)
+            assert asked.result(10) == ANSWER
+            assert not any(one.done() for one in waiting)
+        finally:
+            free.set()
+        assert [one.result(10) for one in waiting] == [ANSWER, ANSWER]
+    assert sorted(made) == sorted([KEY.account, other.account])  # one client for both of one account
 
 
 def test_a_role_that_is_not_given_is_the_operators_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:

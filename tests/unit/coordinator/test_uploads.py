@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from parley_coordinator.blobs import upload_name
+from parley_coordinator.blobs import BlobWriter, Directory, upload_name
 from parley_coordinator.config import Quotas
 from parley_coordinator.models import EventRow, UploadRow
 from parley_coordinator.uploads import UploadView
@@ -116,6 +117,101 @@ def test_crd_9_a_stream_that_does_not_end_keeps_the_later_one_out(desk: Desk, se
     with desk.uploads.writing(row), pytest.raises(RefusedError) as caught, desk.uploads.writing(row):
         raise AssertionError("two streams write one upload")
     assert caught.value.code == "busy"
+
+
+class Stuck(Directory):
+    """A blob store in which one blob's first call hangs: `opened`, `written` or `synced`."""
+
+    def __init__(self, folder: Path, call: str) -> None:
+        super().__init__(folder)
+        self._call = call
+        self.name = ""
+        self.hangs = threading.Event()
+        self.free = threading.Event()
+
+    def hang(self, call: str, name: str) -> None:
+        """Hangs where it is to."""
+        if (call, name) == (self._call, self.name):
+            self.hangs.set()
+            assert self.free.wait(60)
+
+    def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:
+        self.hang("opened", name)
+        return _StuckWriter(self, name, super().writer(name, stored, size, state))
+
+
+class _StuckWriter:
+    def __init__(self, store: Stuck, name: str, writer: BlobWriter) -> None:
+        self._store = store
+        self._name = name
+        self._writer = writer
+
+    @property
+    def position(self) -> int:
+        return self._writer.position
+
+    @property
+    def state(self) -> str:
+        return self._writer.state
+
+    def write(self, data: bytes) -> None:
+        self._store.hang("written", self._name)
+        self._writer.write(data)
+
+    def sync(self, *, whole: bool = True) -> int:
+        self._store.hang("synced", self._name)
+        return self._writer.sync(whole=whole)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@pytest.mark.parametrize("call", ["opened", "written", "synced"])
+def test_crd_9_an_upload_whose_store_does_not_answer_stops_no_other(tmp_path: Path, database: str, call: str) -> None:
+    blobs = Stuck(tmp_path / "blobs", call)
+    desk = Desk(tmp_path, database=database, blobs=blobs)
+    agreement = make_agreement()
+    desk.sign(agreement)
+    stuck, other = desk.sealed(agreement, "bob"), desk.sealed(agreement, "ann")
+    row = desk.uploads.begin(key("ann"), other.cose)
+    with ThreadPoolExecutor(2) as pool, desk.uploads.writing(row) as writing:
+        writing.write(0, other.blob[:1000])
+        try:
+            blobs.name = upload_name(desk.uploads.begin(key("bob"), stuck.cose).number)
+            hanging = pool.submit(desk.upload, stuck, "bob")
+            assert blobs.hangs.wait(10)
+            writing.write(1000, other.blob[1000:2000])
+            assert pool.submit(writing.sync).result(10).stored == 2000
+            new = desk.sealed(agreement, "ann")
+            assert pool.submit(desk.upload, new, "ann").result(10).complete
+            assert not hanging.done()
+        finally:
+            blobs.free.set()
+        assert hanging.result(10).complete
+    desk.store.close()
+
+
+def test_crd_9_a_stream_whose_blob_is_being_opened_is_taken_over_from(tmp_path: Path, database: str) -> None:
+    blobs = Stuck(tmp_path / "blobs", "opened")
+    desk = Desk(tmp_path, database=database, blobs=blobs)
+    agreement = make_agreement()
+    desk.sign(agreement)
+    sealed = desk.sealed(agreement, "bob")
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    blobs.name = upload_name(row.number)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(desk.upload, sealed, "bob")
+        assert blobs.hangs.wait(10)
+        try:
+            with pytest.raises(RefusedError) as caught, desk.uploads.writing(row):
+                raise AssertionError("two streams write one upload")
+            assert caught.value.code == "busy"
+        finally:
+            blobs.free.set()
+        with pytest.raises(RefusedError, match="another stream has taken over"):
+            first.result(10)
+    assert desk.upload(sealed, "bob").complete
+    desk.store.close()
 
 
 def test_crd_7_the_same_statement_is_the_same_upload(desk: Desk, sealed: Sealed) -> None:
