@@ -490,7 +490,7 @@ class Theatre:
         return bool(work(*step.arguments))
 
     def _start_node(self, node: Node) -> None:
-        if self._ended:
+        if self._ended or node.alive:
             return
         node.start()
         if self.shared is not None:
