@@ -4,7 +4,7 @@
 #   make demo     two joint computations on real data, every member its own process
 #   make test     the test suite                    (ARGS="tests/unit -x" narrows it)
 #   make faults   the fault tests alone: 30 random moments, and each step by itself   (PARLEY_FAULTS=100 for more)
-#   make soak     random faults at real processes for as long as one likes             (SECONDS=600 SEED=7, PLAN='...' to replay)
+#   make soak     random faults at real processes for as long as one likes             (SECONDS=600 SEED=7 WORLD='pair kms', PLAN='...' to replay)
 #   make check    lint, format, types, role boundaries, generated code
 #   make image    the enclave image, the same bytes on every machine, and what it is measured to be: build/image
 #   make qemu-test        boots that image in an emulator and runs a whole session in it
@@ -46,6 +46,7 @@ faults: $(READY)
 
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m support.simulation --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED)) \
+		$(if $(WORLD),--world '$(WORLD)') \
 		$(if $(PLAN),--plan '$(PLAN)') $(ARGS)
 
 check: $(READY)

@@ -259,9 +259,9 @@ class Service(CoordinatorServicer):
                 await self._receive(request_iterator, writing)
             finally:
                 # Also when the client is gone: what has arrived is stored, and need not be sent again.
-                state = await asyncio.shield(
-                    asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
-                )
+                finishing = asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
+                finishing.add_done_callback(_told)
+                state = await asyncio.shield(finishing)
             CURRENT.get().size = state.stored - before
             telemetry.observe("parley_upload_bytes", state.stored - before)
             return _upload(state)
@@ -285,6 +285,7 @@ class Service(CoordinatorServicer):
                     if syncing is not None:
                         syncing.result()
                     syncing = asyncio.ensure_future(self._in(self._disk, functools.partial(writing.sync, whole=False)))
+                    syncing.add_done_callback(_told)
                 elif writing.unsynced >= 2 * limits.SYNC_BYTES and syncing is not None:
                     # One part goes to the disk while the next one arrives; a third has to wait.
                     await syncing
@@ -527,6 +528,19 @@ async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queu
     async for request in requests:
         await waiting.put(request)
     await waiting.put(None)
+
+
+def _told(storing: asyncio.Future[UploadView]) -> None:
+    """Logs why what arrived of an upload could not be stored: its client may be gone, and then nobody else asks."""
+    if storing.cancelled() or (error := storing.exception()) is None:
+        return
+    if isinstance(error, ParleyError):
+        log.info("upload-not-stored", code=error.code)
+        return
+    try:
+        raise error
+    except Exception:  # noqa: BLE001  # it is logged with its frames
+        log.fault("upload-not-stored")
 
 
 async def abort(context: _Context, error: ParleyError) -> None:

@@ -686,7 +686,9 @@ class Session(Bringing):
             return False
         if joined is None or isinstance(joined.join, KmsJoin):
             return bool(kms)
-        return mine.uploads != joined.join.uploads
+        # One that it has replaced, or wanted to when the inputs were closed already, is its own, too.
+        own = (joined.join, *self._state.replaced_joins(self.id))
+        return mine.uploads not in {join.uploads for join in own}
 
     def _move(self, release: Release) -> None:
         """Moves the head to the release's record; the record must follow what is known, or what is known follow it."""

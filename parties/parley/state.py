@@ -340,7 +340,8 @@ class State:
             yield
 
     def begin_join(self, joined: Joined, roster_key: Ed25519PrivateKey, chain: ChainState) -> None:
-        """Keeps a join before it is sent: first its one-time key, then the join itself; the former join's key goes.
+        """Keeps a join before it is sent: first its one-time key, then the join itself; the former join's key goes, and where
+        it had other uploads it is kept: the enclave may have it.
 
         StateError: no state of the series, not the newest version signed, another head than the verified one, another
         session under this head that is neither lost nor released.
@@ -350,6 +351,9 @@ class State:
             before = self.joined(joined.session)
             self._keep_roster_key(roster_key)
             self._follow_chain(joined, chain)
+            if before is not None and before.join.uploads != joined.join.uploads:
+                name = f"{joined.session.hex()}-{before.join.digest.hex()[:16]}"
+                self._write(f"joins/{name}", before.join_cose)
             self._write(f"sessions/{joined.session.hex()}", joined.to_bytes())
             self._reached("join")
             if before is not None:
@@ -390,6 +394,11 @@ class State:
         )
         if moved != known:
             self._write(f"series/{joined.series.hex()}", moved.to_bytes())
+
+    def replaced_joins(self, session: bytes) -> list[AnyJoin]:
+        """This member's joins of a session that had other uploads than the one after them."""
+        paths = sorted((self.folder / "joins").glob(f"{session.hex()}-*"))
+        return [read_join(payload_unverified(path.read_bytes())) for path in paths]
 
     # Joins by KMS
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +23,16 @@ from parley_coordinator import migrations
 
 USER = "postgres"
 _PLACES = ("/usr/lib/postgresql", "/usr/pgsql", "/opt/homebrew/opt/postgresql", "/usr/local/opt/postgresql")
+
+# Not with `user` of subprocess: that forks, which a process whose threads are in gRPC does not survive.
+_BECOME = """
+import os, pwd, sys
+who = pwd.getpwnam(sys.argv[1])
+os.setgroups([])
+os.setgid(who.pw_gid)
+os.setuid(who.pw_uid)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def programs() -> Path | None:
@@ -52,7 +66,7 @@ class Cluster:
         self._count = 0
         self._template = ""
         self._user = USER if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
-        self._as = {"user": USER, "group": USER, "extra_groups": []} if os.geteuid() == 0 else {}
+        self._as = [sys.executable, "-I", "-S", "-c", _BECOME, USER] if os.geteuid() == 0 else []
         if self._as:
             shutil.chown(folder, USER, USER)
         self._run("initdb", "--pgdata", "data", "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync")
@@ -69,6 +83,23 @@ class Cluster:
     def stop(self, mode: str = "fast") -> None:
         """Stops it: `fast` ends connections in order, `immediate` is a crash."""
         self._run("pg_ctl", "--pgdata", "data", "--wait", "--mode", mode, "stop")
+
+    def kill(self) -> None:
+        """kill -9 of all its processes, as a power cut of its machine."""
+        first = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        pids = [first, *_children(first)]
+        # Stopped first, it makes no more of them.
+        os.kill(first, signal.SIGSTOP)
+        for pid in {*pids, *_children(first)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 30
+        while any(_alive(pid) for pid in pids):
+            assert time.monotonic() < end, "PostgreSQL does not die"
+            time.sleep(0.01)
+        # After a power cut these numbers are nobody's; here they are, until somebody has asked how they ended.
+        for name in ("data/postmaster.pid", ".s.PGSQL.5432.lock"):
+            (self._folder / name).unlink(missing_ok=True)
 
     def database(self, template: str = "template1") -> str:
         """The URL of a new database."""
@@ -100,20 +131,36 @@ class Cluster:
             engine.dispose()
 
     def _run(self, program: str, *arguments: str) -> None:
+        # A server that is started would keep a pipe open.
+        speaks = "start" not in arguments
         run = subprocess.run(
-            [str(self._bin / program), *arguments],
+            [*self._as, str(self._bin / program), *arguments],
             cwd=self._folder,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if program == "initdb" else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT if program == "initdb" else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if speaks else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if speaks else subprocess.DEVNULL,
             text=True,
             check=False,
             timeout=120,
-            **self._as,  # type: ignore[call-overload]
         )
         log = self._folder / "log"
         said = run.stdout or (log.read_text(errors="replace")[-2000:] if log.exists() else "")
-        assert run.returncode == 0, f"{program}: {said}"
+        assert run.returncode == 0, f"{program} {arguments[-1]}: {run.returncode}: {said}"
+
+
+def _children(pid: int) -> set[int]:
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        found |= {int(child) for child in file.read_text().split()}
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 @contextmanager

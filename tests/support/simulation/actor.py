@@ -17,12 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import boto3  # noqa: F401  # members are forked with all of it
+
 import parley.reading
-import parley.sealing  # noqa: F401  # members are forked with all of it
+import parley.sealing  # noqa: F401
 from parley import transport
 from parley.connection import Connection
 from parley.member import Member
@@ -46,7 +48,7 @@ class Task:
 
     `opens`: it opens and starts sessions. `by_hand`: a file; where it is there, its user signs rosters with changed inputs.
     `dies`: a file with steps, one a line: it kills itself at the first of them, and takes that out. `ahead_s`: how far its clock is ahead; `file_bytes`: the largest file that it may write, 0 for any. `patience_s`: how long its
-    library repeats a call.
+    library repeats a call. `environment`: where it finds its KMS.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Task:
     ahead_s: float = 0.0
     file_bytes: int = 0
     patience_s: float = 4.0
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Actor:
@@ -186,6 +189,7 @@ def _run(task: Task) -> int:
 
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        os.environ.update(task.environment)
         transport._LONGEST_PAUSE_S = 0.5  # type: ignore[misc]  # nobody is away for longer here
         if task.ahead_s:
             clock, ahead = time.time_ns, int(task.ahead_s * 1e9)

@@ -16,6 +16,7 @@ from pathlib import Path
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
+from parley_coordinator import kms, live
 from parley_coordinator.__main__ import main as coordinator
 
 
@@ -38,6 +39,8 @@ class Hindrance:
 def main(arguments: Sequence[str]) -> int:
     """Runs the coordinator."""
     hindrance = Hindrance(Path(arguments[0]))
+    # A KMS here is away for seconds: it is asked again within them.
+    kms.RETRY_MS, live.KMS_PAUSE_S, live.KMS_PAUSE_MOST_S = 500, 0.3, 2.0  # type: ignore[misc]
     clock = time.time_ns
     time.time_ns = lambda: clock() + int(hindrance["clock_ms"]) * 1_000_000
 

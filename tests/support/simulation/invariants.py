@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,16 +35,18 @@ from parley_protocol.transcript import (
     RecordBody,
     Roster,
     Upload,
+    kms_share_context,
     noise_share_context,
 )
 from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2 as epb
 from support.coordinator import now_ms
 from support.simulation.calls import Observed
-from support.simulation.plan import NAMES, PARTIES
+from support.simulation.plan import KMS_PARTY, NAMES, PARTIES
 
 if TYPE_CHECKING:
     from support.simulation.node import Node
+    from support.simulation.stores import Store
     from support.simulation.theatre import Theatre
 
 AWAY: Final = ("UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "UNKNOWN")
@@ -69,6 +71,8 @@ EXPECTED: Final = frozenset(
 """Codes that a member of a session with faults may meet. What is damaged, forged or refused for good has others."""
 FORKED: Final = frozenset(("head", "conflict"))
 """And where a host leads its members to two chains or two enclaves."""
+WITHDRAWN: Final = frozenset(("revoked", "policy"))
+"""And where a party takes the enclaves out of the policy of its key."""
 MEMORY_MIB: Final = {"coordinator": 400, "enclave": 250, "worker": 250, "module": 200, "member": 450}
 FILES: Final = 512
 THREADS: Final = 256
@@ -87,6 +91,27 @@ class Signed:
     roster: Roster
 
 
+@dataclass
+class _Told:
+    """What a store's coordinators have told members to have."""
+
+    uploads: dict[bytes, int] = field(default_factory=dict)
+    """Upload to bytes."""
+    sessions: set[bytes] = field(default_factory=set)
+    consents: set[tuple[bytes, str]] = field(default_factory=set)
+    """Roster, party."""
+    kms_join: int = 0
+    """The number of the greatest one."""
+
+    def add(self, other: _Told) -> None:
+        """And what another one says."""
+        for upload, stored in other.uploads.items():
+            self.uploads[upload] = max(self.uploads.get(upload, 0), stored)
+        self.sessions |= other.sessions
+        self.consents |= other.consents
+        self.kms_join = max(self.kms_join, other.kms_join)
+
+
 class Invariants:
     """The witness of one play."""
 
@@ -96,10 +121,16 @@ class Invariants:
         self.codes: Counter[str] = Counter()
         """Codes of calls that failed, with the method."""
         self._problems: list[str] = []
-        self._acknowledged: dict[str, dict[bytes, int]] = defaultdict(dict)
-        """Address of a coordinator, upload: bytes that it told to have."""
-        self._labels: dict[str, str] = {}
-        self._stored: dict[str, dict[bytes, int]] = defaultdict(dict)
+        self._told_at: dict[str, _Told] = defaultdict(_Told)
+        """By address of a coordinator."""
+        self._told: dict[str, _Told] = defaultdict(_Told)
+        """By store."""
+        self._leases: dict[tuple[str, int], tuple[int, str]] = {}
+        """Store and session to token and holder."""
+        self._revoked: list[tuple[float, float]] = []
+        """When the enclaves stood in the policy of the key no more: from, to."""
+        self._opened: list[float] = []
+        """When it was asked for what KMS opened."""
         self._receipts: dict[bytes, Receipt] = {}
         """Join to the receipt that an enclave gave."""
         self._rosters: dict[bytes, Roster] = {}
@@ -122,6 +153,9 @@ class Invariants:
              self._check_named),
             ("one-join: no two sessions under one head are joined that are neither lost nor released", self._check_joins),
             ("phases: a session that has ended has ended", self._check_phases),
+            ("one-end: a session has one end, and one record where that is a release", self._check_ends),
+            ("leases: whoever takes a session over counts its token up, and none goes back", self._check_leases),
+            ("revoked: a key that was closed opens nothing", self._check_revoked),
             ("codes: members see documented codes, those that such faults have", self._check_codes),
             ("faults: no program says that it is wrong", self._check_faults),
             ("bounded: memory, files and threads of all processes", self._check_bounded),
@@ -155,10 +189,11 @@ class Invariants:
                 state = pb.UploadState.FromString(observed.replies[-1])
                 upload = self._upload_of(observed)
                 if upload:
-                    before = self._acknowledged[observed.node].get(upload, 0)
+                    uploads = self._told_at[observed.node].uploads
+                    before = uploads.get(upload, 0)
                     if state.stored < before and observed.delivered and observed.method == "Upload":
                         self._problems.append(f"stored: {state.stored} bytes told after {before}")
-                    self._acknowledged[observed.node][upload] = max(before, state.stored)
+                    uploads[upload] = max(before, state.stored)
             case "Attest" if observed.replies:
                 offer = Offer.from_bytes(pb.AttestReply.FromString(observed.replies[0]).offer)
                 self._offers[offer.digest] = offer
@@ -168,6 +203,15 @@ class Invariants:
                     for former in request.former:
                         self._roster(former.cose)
                     self._countersigned(request.cose)
+                    if observed.replies:
+                        statement = Countersignature.from_bytes(payload_unverified(request.cose))
+                        self._told_at[observed.node].consents.add((statement.roster, statement.party))
+            case "OpenSession" if observed.replies:
+                if opened := pb.SessionState.FromString(observed.replies[0]).session:
+                    self._told_at[observed.node].sessions.add(opened)
+            case "PutKmsJoin" if observed.replies:
+                told = self._told_at[observed.node]
+                told.kms_join = max(told.kms_join, pb.KmsJoinState.FromString(observed.replies[0]).number)
             case "Start" | "GetRoster" if observed.replies:
                 self._roster(pb.RosterReply.FromString(observed.replies[0]).cose)
 
@@ -227,26 +271,42 @@ class Invariants:
         if before != body.to_bytes():
             self._problems.append("repeat: the same inputs under the same head made two record bodies")
 
+    def asked(self, operation: str, came: float, request: bytes, status: int, answer: bytes) -> None:
+        """A coordinator asked KMS, at a time of the monotonic clock."""
+        with self._lock:
+            self._crossed += [request, answer]
+            if operation == "Decrypt" and status == 200:
+                self._opened.append(came)
+
+    def revoked(self, *, taken: bool) -> None:
+        """The enclaves are out of the key's policy from now on; or will be back from now on."""
+        now = time.monotonic()
+        with self._lock:
+            if taken:
+                self._revoked.append((now, float("inf")))
+            elif self._revoked:
+                self._revoked[-1] = (self._revoked[-1][0], min(now, self._revoked[-1][1]))
+
     def continues(self, before: Node, after: Node) -> None:
         """`after` has the whole store of `before`, which has ended."""
         with self._lock:
-            self._merge(before)
-            self._stored[after.label] = dict(self._stored[before.label])
-            self._chains[after.label] = list(self._chains[before.label])
-            for (label, number), phase in list(self._phases.items()):
-                if label == before.label:
-                    self._phases[after.label, number] = phase
+            old, new = before.store.label, after.store.label
+            self._merge()
+            self._told[new].add(self._told[old])
+            self._chains[new] = list(self._chains[old])
+            self._phases |= {(new, number): phase for (of, number), phase in self._phases.items() if of == old}
+            self._leases |= {(new, number): lease for (of, number), lease in self._leases.items() if of == old}
 
     def forks(self, honest: Node, second: Node) -> None:
         """`second` has a store that was taken from `honest`: it owes nothing but what stands in it."""
         with self._lock:
-            self._chains[second.label] = [head for head, *_ in _records(honest)]
+            self._chains[second.store.label] = [head for head, *_ in _records(honest.store)]
 
-    def _merge(self, node: Node) -> None:
-        for address in node.addresses:
-            for upload, stored in self._acknowledged.pop(address, {}).items():
-                known = self._stored[node.label]
-                known[upload] = max(known.get(upload, 0), stored)
+    def _merge(self) -> None:
+        for node in self._theatre.nodes:
+            for address in node.addresses:
+                if (told := self._told_at.pop(address, None)) is not None:
+                    self._told[node.store.label].add(told)
 
     # Checks
 
@@ -283,30 +343,45 @@ class Invariants:
                 raise BrokenError(f"{name}: {problem} (at the end)")
 
     @property
-    def _nodes(self) -> list[Node]:
-        return [node for node in self._theatre.nodes if (node.folder / "coordinator.db").exists()]
+    def _stores(self) -> list[Store]:
+        return self._theatre.stores
 
     def _check_stored(self) -> Iterator[str]:
-        node = self._theatre.node
+        store = self._theatre.node.store
         with self._lock:
-            self._merge(node)
-            told = dict(self._stored[node.label])
-        rows = {
-            digest: (number, stored)
-            for number, digest, stored in node.rows("SELECT number, digest, stored FROM uploads")
-        }
-        for upload, stored in told.items():
+            self._merge()
+            told = _Told()
+            told.add(self._told[store.label])
+        query = "SELECT digest, number, stored, size, state, complete_ms FROM uploads"
+        rows = {digest: rest for digest, *rest in store.rows(query)}
+        for upload, stored in told.uploads.items():
             if upload not in rows or rows[upload][1] < stored:
                 yield f"{stored} bytes of {upload.hex()[:8]} were told, there are {rows.get(upload, (0, 0))[1]}"
-            elif stored and len(node.blob(upload_name(rows[upload][0]))) < stored:
-                yield f"the blob of {upload.hex()[:8]} has fewer bytes than {stored}"
+            elif stored:
+                number, there, size, state, complete_ms = rows[upload]
+                lacks = store.lacks(number, there, size, state, complete=complete_ms is not None)
+                if lacks:
+                    yield f"of {upload.hex()[:8]} {stored} bytes were told: {lacks}"
+        known = {session for (session,) in store.rows("SELECT session FROM sessions")}
+        for session in told.sessions - known:
+            yield f"session {session.hex()[:8]} was told to be open"
+        for roster, party in told.consents:
+            here = store.rows("SELECT 1 FROM countersignatures WHERE roster = ? AND party = ?", roster, party)
+            # The enclave may refuse it after all; then the party is told.
+            if not here and not store.rows("SELECT 1 FROM events WHERE kind = 'refused' AND member = ?", party):
+                yield f"the consent of {party} to roster {roster.hex()[:8]} was told to be there"
+        if told.kms_join and store.rows("SELECT 1 FROM kms_joins WHERE number >= ?", told.kms_join) == []:
+            yield f"the KMS join {told.kms_join} was told to be there"
 
     def _check_blobs(self) -> Iterator[str]:
-        for node in self._nodes:
-            for number, digest, party, stored in node.rows("SELECT number, digest, party, stored FROM uploads"):
+        for store in self._stores:
+            query = "SELECT number, digest, party, stored, complete_ms FROM uploads"
+            for number, digest, party, stored, complete_ms in store.rows(query):
+                if not stored or (complete_ms is None and self._theatre.shared is not None):
+                    continue  # of a bucket no object is there before all of it is
                 sealed = (self._theatre.member(party).state.spool / digest.hex() / "blob").read_bytes()
-                if stored and node.blob(upload_name(number))[:stored] != sealed[:stored]:
-                    yield f"upload {digest.hex()[:8]} at {node.label}"
+                if store.blob(upload_name(number))[:stored] != sealed[:stored]:
+                    yield f"upload {digest.hex()[:8]} at {store.label}"
 
     def _check_receipts(self) -> Iterator[str]:
         for name in PARTIES:
@@ -327,19 +402,19 @@ class Invariants:
                     yield f"a roster lists a join of {entry.party} that has no such receipt"
 
     def _check_chain(self) -> Iterator[str]:
-        for node in self._nodes:
-            records = _records(node)
+        for store in self._stores:
+            records = _records(store)
             heads = [head for head, *_ in records]
-            known = self._chains[node.label]
+            known = self._chains[store.label]
             if heads[: len(known)] != known:
-                yield f"records of {node.label} have gone"
+                yield f"records of {store.label} have gone"
             if len(heads) > len(known):
                 chain = verify_chain(
                     [(cose, document) for _, cose, document in records], [self._theatre.agreement], now_ms=now_ms()
                 )
                 if chain.head != heads[-1]:
-                    yield f"the chain of {node.label} does not end with its last record"
-                self._chains[node.label] = heads
+                    yield f"the chain of {store.label} does not end with its last record"
+                self._chains[store.label] = heads
         known_heads = self._heads()
         for name in NAMES:
             series = self._theatre.member(name).state.series(self._theatre.agreement.series)
@@ -347,13 +422,13 @@ class Invariants:
                 yield f"{name} knows a head that no coordinator has"
 
     def _check_charge(self) -> Iterator[str]:
-        for node in self._nodes:
+        for store in self._stores:
             query = (
                 "SELECT session FROM bundles JOIN sessions USING (number) JOIN records USING (number) ORDER BY sequence"
             )
             chain = ChainState()
-            for (session,) in node.rows(query):
-                bundle = Bundle.from_bytes(node.blob(bundle_name(session)))
+            for (session,) in store.rows(query):
+                bundle = Bundle.from_bytes(store.blob(bundle_name(session)))
                 body = Record.from_bytes(payload_unverified(bundle.record)).body
                 with self._lock:
                     self._body(body)
@@ -365,7 +440,7 @@ class Invariants:
                             former.add(self._rosters[digest].inputs_digest)
                 charge = 1 + len(former - {roster.inputs_digest})
                 if body.charged - chain.charged != charge:
-                    yield f"{node.label}: {body.charged - chain.charged} charged where {charge} were signed"
+                    yield f"{store.label}: {body.charged - chain.charged} charged where {charge} were signed"
                 chain = replace(chain, charged=body.charged)
 
     def _check_once(self) -> Iterator[str]:
@@ -384,10 +459,10 @@ class Invariants:
 
     def _was_sent(self, name: str, signed: SignedRoster) -> bool:
         query = "SELECT count(*) FROM countersignatures WHERE party = ? AND roster = ?"
-        return any(node.rows(query, name, signed.roster.digest) != [(0,)] for node in self._nodes)
+        return any(store.rows(query, name, signed.roster.digest) != [(0,)] for store in self._stores)
 
     def _heads(self) -> set[bytes]:
-        return {GENESIS, *(head for node in self._nodes for head in self._chains[node.label])}
+        return {GENESIS, *(head for store in self._stores for head in self._chains[store.label])}
 
     def _check_named(self) -> Iterator[str]:
         for name in PARTIES:
@@ -413,19 +488,53 @@ class Invariants:
                 yield f"{name} has joined {max(open_under.values())} sessions under one head"
 
     def _check_phases(self) -> Iterator[str]:
-        for node in self._nodes:
+        for store in self._stores:
             live = 0
-            for number, phase in node.rows("SELECT number, phase FROM sessions"):
-                before = self._phases.get((node.label, number), "")
+            for number, phase in store.rows("SELECT number, phase FROM sessions"):
+                before = self._phases.get((store.label, number), "")
                 if before in ("released", "lost") and phase != before:
-                    yield f"session {number} of {node.label} was {before} and is {phase}"
-                self._phases[node.label, number] = phase
+                    yield f"session {number} of {store.label} was {before} and is {phase}"
+                self._phases[store.label, number] = phase
                 live += phase not in ("released", "lost")
             if live > 1:
-                yield f"{node.label} has {live} live sessions of one series"
+                yield f"{store.label} has {live} live sessions of one series"
+
+    def _check_ends(self) -> Iterator[str]:
+        for store in self._stores:
+            query = "SELECT session, count(*) FROM events WHERE kind IN ('released', 'lost') GROUP BY session"
+            ends = dict(store.rows(query))
+            query = (
+                "SELECT s.session, s.phase, count(r.head), count(b.number) FROM sessions s"
+                " LEFT JOIN records r ON r.number = s.number LEFT JOIN bundles b ON b.number = s.number"
+                " WHERE s.session IS NOT NULL GROUP BY s.session, s.phase"
+            )
+            for session, phase, records, bundles in store.rows(query):
+                over, released = phase in ("released", "lost"), phase == "released"
+                found = (ends.get(session, 0), records, bundles)
+                if found != (over, released, released):
+                    yield f"session {session.hex()[:8]} of {store.label} is {phase} with {found} ends, records, bundles"
+
+    def _check_leases(self) -> Iterator[str]:
+        for store in self._stores:
+            for number, token, holder in store.rows("SELECT number, token, holder FROM leases"):
+                before = self._leases.get((store.label, number), (0, ""))
+                if token < before[0] or (token == before[0] and holder != before[1]):
+                    yield f"session {number} of {store.label}: {before} became {(token, holder)}"
+                self._leases[store.label, number] = (token, holder)
+
+    def _check_revoked(self) -> Iterator[str]:
+        with self._lock:
+            for start, end in self._revoked:
+                if any(start < came < end for came in self._opened):
+                    yield "KMS has opened it"
 
     def _check_codes(self) -> Iterator[str]:
-        expected = EXPECTED | FORKED if self._theatre.forked else EXPECTED
+        expected = EXPECTED
+        if self._theatre.forked:
+            expected |= FORKED
+        with self._lock:
+            if self._revoked:
+                expected |= WITHDRAWN
         for name in NAMES:
             for line in self._theatre.log(name):
                 if line[0] == "fault":
@@ -434,7 +543,7 @@ class Invariants:
                     yield f"{name} met {line[1:]}"
 
     def _check_faults(self) -> Iterator[str]:
-        for node in self._nodes:
+        for node in self._theatre.nodes:
             for line in node.faults:
                 yield f"{node.label}: {line[:1000]}"
 
@@ -496,6 +605,10 @@ class Invariants:
             state = member.state
             for spooled, _ in state.uploads(agreement.digest, "visits"):
                 self._secrets[content_key(spooled, state.vault)] = f"a content key of {name}"
+            if self._theatre.kms is not None and name == KMS_PARTY:
+                for upload in self._theatre.stage.uploads[name]:
+                    context = kms_share_context(agreement.digest, (upload,))
+                    self._secrets[member.identity.derive(NOISE_SHARE, context, 32)] = f"a noise share of {name}"
             for head in self._heads():
                 share = member.identity.derive(NOISE_SHARE, noise_share_context(agreement.series, head), 32)
                 self._secrets[share] = f"a noise share of {name}"
@@ -508,7 +621,9 @@ class Invariants:
         with self._lock:
             crossed = b"\0".join(self._crossed)
         places = {"a wire": crossed}
-        for node in self._nodes:
+        for store in self._stores:
+            places |= {f"{store.label}: {where}": data for where, data in store.dump()}
+        for node in self._theatre.nodes:
             for path in node.folder.rglob("*"):
                 if path.is_file() and "tls" not in path.name:
                     places[f"{node.label}: {path.relative_to(node.folder)}"] = path.read_bytes()
@@ -526,10 +641,10 @@ class Invariants:
                     yield f"{what} in {place}"
 
 
-def _records(node: Node) -> list[tuple[bytes, bytes, bytes]]:
+def _records(store: Store) -> list[tuple[bytes, bytes, bytes]]:
     return [
         (head, cose, document)
-        for head, cose, document in node.rows("SELECT head, cose, document FROM records ORDER BY sequence")
+        for head, cose, document in store.rows("SELECT head, cose, document FROM records ORDER BY sequence")
     ]
 
 

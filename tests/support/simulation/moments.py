@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from support.simulation.calls import Rule
+from support.simulation.front import FrontRule
 from support.simulation.link import LinkRule
 from support.simulation.theatre import Theatre
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A step of SPEC, what changes there, and where it is met: a call of a member, or an operation of the enclave's; when it
-    was asked or when it was answered. `last`: only when all parties' consents are stored."""
+    """A step of SPEC, what changes there, and where it is met: a call of a member, an operation of the enclave's, or one of KMS
+    that a coordinator or the party asks for; when it was asked or when it was answered. `last`: only when all parties' consents are stored."""
 
     step: str
     changes: str
@@ -68,6 +69,21 @@ MOMENTS: Final[Sequence[Moment]] = (
 )
 """Every moment, in the order of a session."""
 
+KMS_MOMENTS: Final[Sequence[Moment]] = (
+    Moment("kms-15", "nothing: a party reads the policy of its key", "party", "GetKeyPolicy", "asked"),
+    Moment("kms-16", "its keys are not under KMS", "party", "Encrypt", "asked"),
+    Moment("kms-16", "they are, and in no join", "party", "Encrypt", "answered"),
+    Moment("kms-12", "a KMS join stands in a member's state", "calls", "PutKmsJoin", "asked"),
+    Moment("kms-12", "it stands for every session", "calls", "PutKmsJoin", "answered"),
+    Moment("kms-6", "nothing: the enclave is not asked", "enclave", "recipient", "asked"),
+    Moment("kms-6", "a document waits for its answer", "enclave", "recipient", "answered"),
+    Moment("kms-13", "KMS is asked", "coordinator", "Decrypt", "asked"),
+    Moment("kms-13", "it has answered to nobody yet", "coordinator", "Decrypt", "answered"),
+    Moment("kms-7", "the answer is with the coordinator alone", "enclave", "kms_join", "asked"),
+    Moment("kms-11", "the enclave holds the party's keys", "enclave", "kms_join", "answered"),
+)
+"""And those of a join by KMS, in its order."""
+
 MEMBER_STEPS: Final[Sequence[tuple[str, str, str]]] = (
     ("tab-8", "a sealed table stands in the spool", "uploading"),
     ("crd-9", "a part of it has been sent", "chunk"),
@@ -84,9 +100,22 @@ MEMBER_STEPS: Final[Sequence[tuple[str, str, str]]] = (
     ("chn-2", "the head has moved, the bundle does not stand", "head"),
 )
 """Steps of a member: of SPEC, what has changed, and what the library calls it."""
+KMS_MEMBER_STEPS: Final[Sequence[tuple[str, str, str]]] = (
+    ("adm-6", "a one-time key stands, for no KMS join", "roster-key"),
+    ("kms-16", "the KMS join stands, and is not sent", "kms-join"),
+    ("kms-17", "the session counts as joined, nothing is signed", "join"),
+    ("cos-4", "a signature stands beside its one-time key", "roster-signature"),
+    ("cos-4", "the one-time key is gone, the signature is not sent", "roster-key-removed"),
+    ("kms-17", "a one-time key stands, for no next KMS join", "roster-key"),
+    ("kms-17", "the next KMS join stands, and is not sent", "kms-join"),
+)
+"""And those of a member that joins by KMS."""
 
 TARGETS: Final = ("coordinator", "enclave", "machine", "module", "worker")
-"""What is killed: the coordinator; the enclave; both, with all that belongs to them; the security module; a worker."""
+"""What is killed: the coordinator; the enclave; both, with all that belongs to them; the security module; a worker. Beside
+them `kms`, the party's KMS; and `node`, of two coordinators the one that serves the session, for longer than its lease."""
+AWAY_S: Final = 3.0
+"""How long a `node` is away."""
 
 
 class Killer:
@@ -123,6 +152,12 @@ class Killer:
 
         if moment.wire == "calls":
             self.theatre.calls.arm(Rule(moment.when, moment.op, act=act))
+        elif moment.wire in ("coordinator", "party"):
+            assert self.theatre.kms is not None
+            # What was asked of a KMS that is killed over it is not answered.
+            self.theatre.kms.fronts[moment.wire].arm(
+                FrontRule(moment.when, moment.op, drop=self.target == "kms", act=act)
+            )
         else:
             only = self.theatre.all_consent if moment.last else lambda: True
             # What an enclave has said last does not arrive when it is killed.
@@ -137,6 +172,10 @@ class Killer:
                 return self.theatre.kill_machine(0.0)
             case "enclave":
                 return self.theatre.kill_enclave()
+            case "kms":
+                return self.theatre.kill_kms(0.0)
+            case "node":
+                return self.theatre.kill_node("holder", AWAY_S)
             case "module":
                 return self.theatre.kill_module()
             case _:

@@ -7,44 +7,71 @@ import os
 import resource
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
-from parley_coordinator.blobs import Directory
 from support.coordinator import Coordinator
 from support.enclave import until
 from support.simulation import hindered, launch
+from support.simulation.stores import Folder, Shared, Store
 
-LEFT_BEHIND: Final = ("e", "address", "hinder.json", "coordinator.toml")
+LEFT_BEHIND: Final = ("e", "address", "hinder.json", "coordinator.toml", "log")
 """What does not go with a store to another machine: enclaves above all."""
+HOLDER: Final = "holder"
+"""The file with the name of a folder's coordinator, which no other one of its store may have."""
 
 
 class Node(Coordinator):
-    """A coordinator on a machine of its own."""
+    """A coordinator on a machine of its own, or beside another one (`enclaves`: the folder of what is launched there).
 
-    def __init__(self, label: str, source: Path, folder: Path, control: Path, command: Sequence[str]) -> None:
+    Its store is in its folder, or `shared`. `twin`: it has the name of the one that `source` is the folder of. `toml` is added
+    to its configuration, `environment` to what it is started with.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        source: Path,
+        folder: Path,
+        control: Path,
+        command: Sequence[str],
+        *,
+        shared: Shared | None = None,
+        twin: bool = False,
+        enclaves: Path | None = None,
+        toml: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.label = label
         self.folder = folder
-        self.database = f"sqlite:///{folder / 'coordinator.db'}"
-        self.enclaves_folder = folder / "e"
+        self.store: Store = shared or Folder(label, folder)
+        self.database = f"sqlite:///{folder / 'coordinator.db'}" if shared is None else shared.database
+        self.enclaves_folder = enclaves or folder / "e"
         self.process = None
         self.address = ""
         self.clients = []
         self.addresses: set[str] = set()
         """All that it ever listened at."""
-        shutil.copytree(source, folder, ignore=lambda at, names: LEFT_BEHIND if Path(at) == source else ())
+        self._environment = {**os.environ, **(environment or {})}
+        left = set(LEFT_BEHIND)
+        if shared is not None:
+            left |= {"coordinator.db", "coordinator.db-wal", "coordinator.db-shm", "blobs"} | (
+                set() if twin else {HOLDER}
+            )
+        shutil.copytree(source, folder, ignore=lambda at, names: left if Path(at) == source else ())
         listed = ", ".join(json.dumps(part) for part in (sys.executable, launch.__file__, str(control), *command))
+        lease = "lease_s = 1.5" if shared is None else "lease_s = 2.0"
         (folder / "coordinator.toml").write_text(
             'listen = "127.0.0.1:0"\ngrace_s = 2.0\n'
-            f'[launcher.local]\ncommand = [{listed}]\nfolder = "e"\n[deadline]\nstatus_s = 0.2\nshort_s = 8.0\n'
-            "[cluster]\nlease_s = 1.5\nabandon_s = 0.5\n"
+            f'[launcher.local]\ncommand = [{listed}]\nfolder = "{self.enclaves_folder}"\n'
+            "[deadline]\nstatus_s = 0.2\nshort_s = 8.0\n"
+            f"[cluster]\n{lease}\nabandon_s = 0.5\n"
+            f"{'' if shared is None else shared.toml()}{toml}"
         )
         self.hinder()
 
@@ -60,6 +87,7 @@ class Node(Coordinator):
             [sys.executable, hindered.__file__, str(self.folder / "hinder.json"), "run", "--dir", str(self.folder)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env=self._environment,
         )
         # Through a pipe, as to a journal: so that it can be read what it said while its disk was full.
         threading.Thread(target=_copy, args=(self.process.stderr, self.folder / "log"), daemon=True).start()
@@ -130,27 +158,35 @@ class Node(Coordinator):
         while self.enclave() is not None and time.monotonic() < end:
             time.sleep(0.02)
 
-    # What it has stored
+    def pause(self) -> bool:
+        """SIGSTOP; whether it runs."""
+        if not self.alive:
+            return False
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        return True
+
+    def go_on(self) -> None:
+        """SIGCONT, where it still lives."""
+        if self.alive:
+            assert self.process is not None
+            self.process.send_signal(signal.SIGCONT)
+
+    @property
+    def name(self) -> str:
+        """What it calls itself in its store; empty where it never ran."""
+        path = self.folder / HOLDER
+        return path.read_text().strip() if path.exists() else ""
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """What its database holds."""
-        address = f"file:{self.folder / 'coordinator.db'}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True, timeout=30)) as connection:
-            return connection.execute(query, values).fetchall()
-
-    def blob(self, name: str) -> bytes:
-        """A blob of its store."""
-        reader = Directory(self.folder / "blobs").reader(name)
-        try:
-            return reader.read(0, reader.size)
-        finally:
-            reader.close()
+        return self.store.rows(query, *values)
 
     @property
     def faults(self) -> list[str]:
         """Lines of its log that say that the program itself is wrong, or that are no lines of a log."""
         found = []
-        for line in self.log.splitlines():
+        for line in self.log.splitlines() if (self.folder / "log").exists() else ():
             try:
                 if json.loads(line)["level"] not in ("debug", "info", "warning"):
                     found.append(line)

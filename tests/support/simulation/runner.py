@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from support.simulation.plan import NAMES, Plan
-from support.simulation.theatre import Stage, Theatre
+from support.simulation.theatre import Stages, Theatre
 
 TRIES: Final = 2
 """How often a smaller plan is played before it counts as one that does not fail: processes run as the machine lets them."""
@@ -29,37 +29,39 @@ class Found:
     releases: int = 0
 
 
-def fails(stage: Stage, folder: Path, plan: Plan, say: Callable[[str], None]) -> Found:
+def fails(stages: Stages, folder: Path, plan: Plan, say: Callable[[str], None]) -> Found:
     """Plays a plan in a folder that is gone afterwards."""
     say(str(plan).splitlines()[0])
     found = Found()
     try:
-        with Theatre(stage, folder, rounds=plan.rounds, say=say) as theatre:
+        with Theatre(stages.of(plan.world), folder, plan.world, rounds=plan.rounds, say=say) as theatre:
             try:
                 theatre.play(plan)
-            except AssertionError as error:
-                found.error = str(error) or repr(error)
-            except Exception:  # a seed that the witness itself does not understand is printed like any other
-                found.error = traceback.format_exc()
-            if found.error:
+            except Exception:
                 for node in theatre.nodes:
                     told = [line for line in node.log.splitlines() if '"level":"info"' not in line]
                     say("\n".join(f"  {node.label}: {line}" for line in told[-LINES:]))
-            for name in NAMES:
-                log = theatre.log(name)
-                found.codes.update(line[2] for line in log if line[0] == "error")
-                found.releases += sum(line[0] == "released" for line in log)
+                raise
+            finally:
+                for name in NAMES:
+                    log = theatre.log(name)
+                    found.codes.update(line[2] for line in log if line[0] == "error")
+                    found.releases += sum(line[0] == "released" for line in log)
+    except AssertionError as error:
+        found.error = str(error) or repr(error)
+    except Exception:  # a seed that the witness itself does not understand is printed like any other
+        found.error = traceback.format_exc()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-def shrink(stage: Stage, folder: Path, plan: Plan, say: Callable[[str], None]) -> Plan:
+def shrink(stages: Stages, folder: Path, plan: Plan, say: Callable[[str], None]) -> Plan:
     """The plan without every step that it fails without."""
     for number in [int(text) for text in plan.numbers.split(",")]:
         if len(plan.steps) == 1:
             break
         smaller = plan.without(number)
-        if any(fails(stage, folder, smaller, say).error for _ in range(TRIES)):
+        if any(fails(stages, folder, smaller, say).error for _ in range(TRIES)):
             plan = smaller
     return plan

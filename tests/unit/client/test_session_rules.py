@@ -631,6 +631,34 @@ def test_with_standing_consent_no_roster_is_signed(tmp_path: Path) -> None:
     assert {kind for kind, _ in desk.wire.sent} == {"join"}
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_with_standing_consent_a_table_that_came_too_late_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """The release is of what was joined before, whether or not the member knew that it had arrived."""
+    desk = Desk(tmp_path, consent=Consent.STANDING)
+    desk.sign()
+    opened = desk.wire.open()
+    both_join(desk, opened)
+    session = session_of(desk, "ada", opened)
+    if not answered:
+        joined = desk.members["ada"].state.joined(session.id)
+        assert joined is not None
+        path = desk.members["ada"].state.folder / "sessions" / session.id.hex()
+        path.write_bytes(replace(joined, receipt_cose=b"").to_bytes())
+    opened.issue()
+
+    def closed(_session: bytes, _cose: bytes) -> pb.JoinReply:
+        raise RefusedError("phase")
+
+    monkeypatch.setattr(desk.wire, "put_join", closed)
+    with pytest.raises(RefusedError) as late:
+        session.submit({"visits": frame_of(7)})
+    assert late.value.code == "phase"
+    _bundle(desk, opened)
+    assert session.release().sequence == 1
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_with_standing_consent_a_release_of_another_kms_join_is_refused(tmp_path: Path, own: bool) -> None:
     desk = Desk(tmp_path, consent=Consent.STANDING, kms={"ada": arn()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import sys
@@ -254,6 +255,35 @@ def test_crd_18_many_watch_and_others_still_get_answers(coordinator: Coordinator
     assert codes == ["quota"]
     for stream in (*streams, *more):
         stream.cancel()
+
+
+def test_an_upload_that_cannot_be_stored_when_its_client_is_gone_is_no_fault(tmp_path: Path) -> None:
+    with Coordinator(tmp_path, [sys.executable, "-c", "raise SystemExit(1)"]) as made:
+        made.operators(MEMBERS["ann"])
+        made.start()
+        client = made.client(MEMBERS["ann"])
+        client.call("PutAgreement", pb.PutAgreementRequest(canonical=AGREEMENT.canonical))
+        for name, member in MEMBERS.items():
+            cose = sign(AGREEMENT, name, member)
+            client.call("PutSignature", pb.PutSignatureRequest(agreement=AGREEMENT.digest, member=name, cose=cose))
+        sealed = table().sealed[0]
+        arrived = threading.Event()
+
+        def half() -> Iterator[pb.UploadRequest]:
+            yield pb.UploadRequest(begin=pb.UploadBegin(cose=sealed.cose))
+            yield pb.UploadRequest(chunk=pb.Chunk(offset=0, data=sealed.blob[:CHUNK]))
+            assert arrived.wait(30)
+
+        call = client.stub.Upload.future(half(), metadata=client.metadata(), timeout=60)
+        until(lambda: [path.stat().st_size for path in (tmp_path / "blobs").rglob("upload-1")] == [CHUNK])
+        # As one of no use any more is deleted.
+        with closing(sqlite3.connect(tmp_path / "coordinator.db", timeout=30)) as database, database:
+            database.execute("DELETE FROM uploads")
+        call.cancel()
+        until(lambda: "upload-not-stored" in made.log)
+        arrived.set()
+        levels = {json.loads(line)["level"] for line in made.log.splitlines()}
+        assert levels <= {"info", "warning"}
 
 
 def test_health_and_reflection_answer_everybody(ann: Client) -> None:
