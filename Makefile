@@ -10,7 +10,8 @@
 #   make qemu-test        boots that image in an emulator and runs a whole session in it
 #   make qemu-nitro-test  boots the image's file in QEMU's nitro-enclave machine, which is built from source first
 #   make bench    figures as ratios, printed and written as JSON
-#   make load     a coordinator under load: 200 members, 1,000 watchers, 64 uploads, 5 GB, 500 sessions (12 GB of disk, ten minutes)
+#   make load     a coordinator under load: 200 members, 1,000 watchers, 64 uploads, a table of 5 GB, 500 sessions (16 GB of disk, 12 GB
+#                 of memory, ten minutes; TABLE=1e9 for a smaller table; STORE=postgres: PostgreSQL and S3 in place of files)
 #   make protos   generated protobuf code anew
 #   make locks    the hash-locked requirements anew
 #   make image-lock       the inputs of the image anew: newest packages, other measurements
@@ -81,7 +82,8 @@ bench: $(READY)
 
 load: $(READY)
 	mkdir -p build
-	timeout 1800 $(BIN)/python tests/bench/run.py --only load --json build/load.json $(ARGS)
+	PARLEY_LOAD_STORE=$(STORE) PARLEY_LOAD_TABLE=$(or $(TABLE),0) timeout 3600 \
+		$(BIN)/python tests/bench/run.py --only load --json build/load$(if $(STORE),-$(STORE)).json $(ARGS)
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py

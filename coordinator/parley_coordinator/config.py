@@ -496,7 +496,7 @@ blobs = "blobs"                 # folder of the ciphertext, or s3://BUCKET/PREFI
 # endpoint_url = ""             # another service that speaks S3
 # addressing = "auto"           # auto | path | virtual
 # kms_key = ""                  # encrypts the objects under this key of AWS KMS
-# part_mib = 8                  # memory of an upload that is written
+# part_mib = 8                  # an upload that is written takes memory for two parts
 # cache_mib = 256               # memory of what the enclaves read
 
 [store.keep]                    # how long what is no longer needed is kept

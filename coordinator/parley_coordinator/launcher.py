@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -93,6 +93,8 @@ class LocalLauncher:
     """
 
     def __init__(self, config: Local, most: int) -> None:
+        # Coordinators that share the folder may spell it differently, and know a process by the folder in its command line.
+        config = replace(config, folder=config.folder.resolve())
         self._config = config
         self._most = most
         # Held while folders are counted, made and removed; never while an enclave starts.

@@ -100,6 +100,8 @@ def read_table(
         ) as connection,
         _opened(connection, source, table) as opened,
     ):
+        # In a notebook or a prompt the engine would write a bar of its own to standard output, beside ours.
+        connection.execute("SET enable_progress_bar = false")
         rows = _read(connection, opened, table, unit, unit_salt(series, unit.name))
     tell("read", 1, 1)
     problem = rows.pop()

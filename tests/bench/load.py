@@ -1,30 +1,49 @@
 """A coordinator under load: 200 members in one session before 1,000 watchers, 64 uploads at a time, one table of 5 GB, 500
 sessions in the store, and slow callers. Figures are absolute, beside what the same coordinator does without the load.
 
-PARLEY_LOAD_DATABASE names an empty, migrated database in PostgreSQL instead of SQLite. The 5 GB are random bytes in a file
-that repeats every 16 MiB, sent as a sealed table of that size: nothing is compressed on the way, and no enclave opens it.
+State is in SQLite and blobs in a folder; with PARLEY_LOAD_STORE=postgres in a PostgreSQL that syncs and in a server that speaks
+S3, both started here. The large table is a file of random values, sealed by the client library, opened and computed on by an
+enclave; PARLEY_LOAD_TABLE says how many bytes it has when it is sealed.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from figures import Figure
 
-from support import load
+from support import large, load, postgres, s3
+from support.client import members
 from support.load import Stage, Watchers
 
 MEMBERS, WATCHERS = 200, 1000
 UPLOADS, UPLOAD_BYTES = 64, 64 << 20
 TABLE_BYTES = 5_000_000_000
+S3_TABLE_BYTES = 250_000_000
+"""The server for S3 reads a whole object for each range of it that is asked for."""
+COLUMNS = 59
 SESSIONS = (5, 500)
 SLOW = 200
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the coordinators of one run keep what they have."""
+
+    database: Callable[[], str | None]
+    """A new one, for each coordinator."""
+    blobs: str
+    toml: str
+    table_bytes: int
 
 
 def session(stage: Stage) -> list[Figure]:
@@ -104,20 +123,30 @@ def uploads(stage: Stage, folder: Path) -> list[Figure]:
     ]
 
 
-def large(stage: Stage, folder: Path) -> list[Figure]:
-    """One table of 5 GB."""
-    rows, size = load.rows_for(stage.agreement, TABLE_BYTES)
-    blob = folder / "large"
-    load.noise(blob, size)
-    with stage.crowd(list(stage.members)[-1:]) as crowd, load.memory(stage.pid) as memory:
-        (told,) = crowd.stream(blob, rows)
-        client = crowd.peak()
-    blob.unlink()
-    what = f"upload of {size / 1e9:.2f} GB ({rows:,} rows)"
+def table(folder: Path, kept: Kept) -> list[Figure]:
+    """One large table: sealed, uploaded, opened, computed on."""
+    with members(folder, ("ann", "bob"), toml=kept.toml, database=kept.database(), blobs=kept.blobs) as made:
+        rows, size = load.rows_for(large.wide(made.agreement, COLUMNS), kept.table_bytes)
+        way = large.travel(made, rows, COLUMNS)
+        assert "rpc-failed" not in made.coordinator.log
+    assert way.size == size
+    what = f"table of {size / 1e9:.2f} GB ({rows:,} rows, {COLUMNS} columns)"
+    mb = size / 1e6
     return [
-        Figure(what, size / 1e6 / told.seconds, None, "MB/s", "", "no error"),
-        Figure(f"{what}: coordinator's peak RSS", memory.most / MIB, memory.before / MIB, "MiB", "before", "-"),
-        Figure(f"{what}: client's peak RSS", client / MIB, None, "MiB", "", "-"),
+        Figure(f"{what}: read and sealed by the client", mb / way.seal_s, None, "MB/s", "", "no error"),
+        Figure(f"{what}: uploaded", mb / way.upload_s, None, "MB/s", "", "no error"),
+        Figure(f"{what}: opened by the enclave", mb / way.join_s, None, "MB/s", "", "no error"),
+        Figure(f"{what}: {large.SUMMED} columns summed, to the release", way.compute_s, None, "s", "", "as DuckDB's"),
+        Figure(
+            f"{what}: coordinator's peak RSS",
+            way.coordinator.most / MIB,
+            way.coordinator.before / MIB,
+            "MiB",
+            "before",
+            "-",
+        ),
+        Figure(f"{what}: enclave's peak PSS, 1 worker", way.enclave / MIB, None, "MiB", "", "<= 250 MiB"),
+        Figure(f"{what}: client's peak RSS", way.client / MIB, size / MIB, "MiB", "the sealed table", "-"),
     ]
 
 
@@ -148,11 +177,11 @@ def slow(stage: Stage) -> list[Figure]:
     ]
 
 
-def stored(folder: Path) -> list[Figure]:
+def stored(folder: Path, kept: Kept) -> list[Figure]:
     """What a member of few and of many sessions waits for."""
     took: list[dict[str, list[float]]] = []
     for count in SESSIONS:
-        with Stage(folder / str(count), 3) as stage:
+        with Stage(folder / str(count), 3, toml=kept.toml, database=kept.database(), blobs=kept.blobs) as stage:
             ids = load.fill(stage, stage.members, count)
             stage.coordinator.start()
             last = load.last_event(stage.coordinator.database)
@@ -189,17 +218,34 @@ def told(found: list[Figure]) -> list[Figure]:
     return found
 
 
+@contextmanager
+def keeping(folder: Path) -> Iterator[Kept]:
+    """What PARLEY_LOAD_STORE says."""
+    asked = int(float(os.environ.get("PARLEY_LOAD_TABLE", "0")))
+    match os.environ.get("PARLEY_LOAD_STORE", ""):
+        case "":
+            yield Kept(lambda: None, "blobs", "", asked or TABLE_BYTES)
+        case "postgres":
+            with postgres.cluster(fsync=True) as cluster, s3.server_process(folder) as url:
+                bucket = s3.bucket(url)
+                blobs = f"s3://{bucket.bucket}/{bucket.prefix}"
+                yield Kept(cluster.migrated, blobs, s3.toml(bucket), asked or S3_TABLE_BYTES)
+        case other:
+            raise SystemExit(f"PARLEY_LOAD_STORE: {other!r} is neither empty nor postgres")
+
+
 def figures(_: Sequence[int]) -> list[Figure]:
     """All of it, one after another; the machine's load at the beginning and at the end."""
     before = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="parley-load-") as name:
+    with tempfile.TemporaryDirectory(prefix="parley-load-") as name, keeping(Path(name)) as kept:
         folder = Path(name)
-        found = told(stored(folder / "stored"))
-        with Stage(folder / "c", MEMBERS, database=os.environ.get("PARLEY_LOAD_DATABASE")) as stage:
+        found = told(stored(folder / "stored", kept))
+        with Stage(folder / "c", MEMBERS, toml=kept.toml, database=kept.database(), blobs=kept.blobs) as stage:
             stage.start()
             found += told(session(stage))
             found += told(uploads(stage, folder))
             found += told(slow(stage))
-            found += told(large(stage, folder))
             assert "rpc-failed" not in stage.coordinator.log
+        shutil.rmtree(folder / "c")
+        found += told(table(folder / "t", kept))
     return [*found, Figure("load average, after", os.getloadavg()[0], before, "", "before", "-")]

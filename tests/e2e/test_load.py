@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support import load
+from support import large, load
+from support.client import members
 from support.load import Stage, Watchers
 
 pytestmark = pytest.mark.e2e
@@ -18,6 +19,10 @@ WATCHERS = 60
 UPLOADS = 8
 UPLOAD_BYTES = 48 << 20
 SESSIONS = 30
+TABLE_BYTES = 120_000_000
+COLUMNS = 59
+ENCLAVE_BYTES = 250 << 20
+"""What 17 parties and two workers may need; here are two parties and one worker."""
 HANDSHAKE_S, REQUEST_S, IDLE_S = 2.0, 2.0, 3.0
 DEADLINE = f"handshake_s = {HANDSHAKE_S}\nrequest_s = {REQUEST_S}\nidle_s = {IDLE_S}\n"
 SLOWEST_S = HANDSHAKE_S + REQUEST_S + IDLE_S + 15
@@ -111,3 +116,14 @@ def test_many_sessions_in_the_store(stage: Stage) -> None:
     last = load.last_event(stage.coordinator.database)
     assert load.replayed(transport, last) >= 4 * SESSIONS
     transport.close()
+
+
+def test_a_table_from_the_file_to_the_release(tmp_path: Path) -> None:
+    """Sealed by the client, opened by an enclave: neither the coordinator nor the enclave holds it, and every sum is right."""
+    with members(tmp_path, ("ann", "bob")) as made:
+        rows, size = load.rows_for(large.wide(made.agreement, COLUMNS), TABLE_BYTES)
+        way = large.travel(made, rows, COLUMNS)
+        assert "rpc-failed" not in made.coordinator.log
+    assert way.size == size >= TABLE_BYTES
+    assert way.coordinator.most - way.coordinator.before < TABLE_BYTES / 2
+    assert way.enclave < ENCLAVE_BYTES

@@ -98,7 +98,15 @@ class Members:
 
 
 @contextlib.contextmanager
-def members(folder: Path, names: Sequence[str], *, toml: str = "", **options: Any) -> Iterator[Members]:
+def members(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    toml: str = "",
+    database: str | None = None,
+    blobs: str = "blobs",
+    **options: Any,
+) -> Iterator[Members]:
     """Members and a running coordinator with its own simulated root, or the one that stands in its folder already."""
     root = folder / "c" / "root"
     if not root.exists():
@@ -120,7 +128,7 @@ def members(folder: Path, names: Sequence[str], *, toml: str = "", **options: An
         "--tree",
         str(tree),
     ]
-    with Coordinator(folder / "c", command, toml) as coordinator:
+    with Coordinator(folder / "c", command, toml, database=database, blobs=blobs) as coordinator:
         coordinator.tree = tree
         made = Members(folder, coordinator, names, **options)
         made.confirm()

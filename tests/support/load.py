@@ -90,14 +90,14 @@ class Peak:
 
 
 @contextmanager
-def memory(pid: int) -> Iterator[Peak]:
+def memory(pid: int, of: Callable[[int], int] = resident) -> Iterator[Peak]:
     """Looks at a process's memory 20 times a second."""
-    found = Peak(resident(pid))
+    found = Peak(of(pid))
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(0.05):
-            found.most = max(found.most, resident(pid))
+            found.most = max(found.most, of(pid))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -146,12 +146,21 @@ def asking(transport: Transport, session: bytes = b"", pause_s: float = 0.05) ->
 class Stage:
     """A coordinator with an agreement of many parties. The first member is the operator's, opens and starts."""
 
-    def __init__(self, folder: Path, parties: int, *, toml: str = "", deadline: str = "", database: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        parties: int,
+        *,
+        toml: str = "",
+        deadline: str = "",
+        database: str | None = None,
+        blobs: str = "blobs",
+    ) -> None:
         root = folder / "root"
         root.mkdir(parents=True)
         LocalRoot.create(system_now_ms()).save(root)
         command = [sys.executable, "-m", "parley_deploy.enclave", "--root", str(root), "--workers", "1"]
-        self.coordinator = Coordinator(folder, command, toml, database=database)
+        self.coordinator = Coordinator(folder, command, toml, database=database, blobs=blobs)
         path = folder / "coordinator.toml"
         path.write_text(path.read_text().replace("[deadline]\n", f"[deadline]\n{deadline}"))
         measured = image_measurements(None)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
 
 from parley_coordinator.config import S3
 from parley_coordinator.s3 import client
+from support.coordinator import free_port
+from support.enclave import until
 
 _NUMBERS = count(1)
 CREDENTIALS = {
@@ -36,6 +42,34 @@ def server() -> Iterator[str]:
             yield f"http://{host}:{port}"
         finally:
             made.stop()
+
+
+@contextmanager
+def server_process(folder: Path) -> Iterator[str]:
+    """The URL of a server in a process of its own, which keeps what it is given on the disk; credentials as above."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patched, (folder / "s3.log").open("wb") as log:
+        for name, value in {**CREDENTIALS, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": "65536", "TMPDIR": str(folder)}.items():
+            patched.setenv(name, value)
+        command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            until(lambda: _answers(port) or process.poll() is not None)
+            assert process.poll() is None, (folder / "s3.log").read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def toml(made: S3) -> str:
+    """What a coordinator's configuration says of a bucket, besides its name."""
+    return f'[store.s3]\nregion = "{made.region}"\nendpoint_url = "{made.endpoint_url}"\naddressing = "path"\n'
 
 
 def bucket(url: str) -> S3:

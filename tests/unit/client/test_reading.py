@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,34 @@ def test_every_type_of_column(tmp_path: Path) -> None:
     nulls = rows[key_of('y "q"')]
     assert np.isnan(nulls[2])  # type: ignore[call-overload]
     assert nulls[:2] + nulls[3:] == tuple(c.null_value for c in TABLE.columns if c.name != "score")
+
+
+IN_A_PROMPT = """
+import sys
+import duckdb
+from parley import reading
+from parley_protocol.agreement.model import Normalise, Unit
+from parley_protocol.agreement.schema import Table
+
+ASKED = "SELECT current_setting('enable_progress_bar')"
+real = reading._read
+
+def spied(connection, *rest):
+    print(connection.execute(ASKED).fetchone()[0])
+    return real(connection, *rest)
+
+reading._read = spied
+print(duckdb.connect().execute(ASKED).fetchone()[0])
+reading.read_table(sys.argv[1], Table("staff", ("a",), "id", 2, ()), Unit("person", Normalise.EXACT), bytes(48))
+"""
+
+
+def test_the_engine_shows_no_bar_of_its_own(tmp_path: Path) -> None:
+    """It would in a notebook or a prompt, where the main module has no file, on the standard output of whoever uses the library."""
+    command = [sys.executable, "-c", IN_A_PROMPT, str(write(tmp_path, "id\nx\n"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"], "the engine's own default; what it is told here"
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])

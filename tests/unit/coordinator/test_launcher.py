@@ -107,6 +107,17 @@ def test_stopping_ends_the_process_and_its_folder(launcher: LocalLauncher, tmp_p
     assert not alive(pid)
 
 
+def test_who_spells_the_folder_differently_ends_the_process_too(
+    launcher: LocalLauncher, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    handle = launcher.launch(wanted(FIRST))
+    pid = pid_of(tmp_path, handle)
+    (tmp_path / "b").mkdir()
+    LocalLauncher(Local(command, tmp_path / "b" / ".." / "e"), 2).stop(handle)
+    assert not alive(pid)
+    assert not (tmp_path / "e" / handle.id).exists()
+
+
 def test_a_dead_enclave_is_not_found_and_frees_its_place(launcher: LocalLauncher, tmp_path: Path) -> None:
     dead, other = launcher.launch(wanted(FIRST)), launcher.launch(wanted(SECOND))
     pid = pid_of(tmp_path, dead)

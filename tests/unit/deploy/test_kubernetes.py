@@ -123,6 +123,8 @@ def _enclaves(manifests: list[Manifest]) -> Iterator[str]:
     if requests != limits:
         yield "requests are not limits"
     settings = configured(manifests)
+    if is_shared(settings) and mebibytes(limits["memory"]) < 2048:
+        yield "uploads to the bucket take more memory"
     if settings.launcher != "nitro":
         yield "enclaves that protect nothing"
     if limits.get(ENCLAVES) != str(settings.enclaves):
@@ -353,6 +355,7 @@ SEVERAL = ("coordinator.toml", "statefulset.yaml", "kustomization.yaml")
         ("[{port: grpc, protocol: TCP}]", "[{port: 22, protocol: TCP}]", "do not reach one another"),
         ("10.70.0.128/25", "0.0.0.0/0", "call anything"),
         ("port: 443", "port: 80", "call anything"),
+        ("value: 2Gi", "value: 1Gi", "more memory"),
     ],
 )
 def test_a_weak_overlay_is_seen(tmp_path: Path, old: str, new: str, weakness: str) -> None:
