@@ -69,14 +69,17 @@ def signed(session: Session, row: AgreementRow) -> SignedAgreement:
 
 
 class AgreementView:
-    """An agreement as members see it: canonical form, signatures by member, members that have not signed."""
+    """An agreement as members see it: canonical form, signatures by member, members that have not signed, and the live session
+    of this version, empty where there is none."""
 
-    __slots__ = ("canonical", "missing", "signatures")
+    __slots__ = ("canonical", "missing", "session", "signatures")
 
-    def __init__(self, row: AgreementRow, signatures: dict[str, bytes]) -> None:
+    def __init__(self, session: Session, row: AgreementRow) -> None:
         self.canonical = row.canonical
-        self.signatures = signatures
-        self.missing = [name for name in parsed(row.canonical).members if name not in signatures]
+        self.signatures = db.signatures(session, row.digest)
+        self.missing = [name for name in parsed(row.canonical).members if name not in self.signatures]
+        live = db.live_session(session, row.series)
+        self.session = live.session or b"" if live is not None and live.agreement == row.digest else b""
 
 
 class Agreements:
@@ -100,7 +103,7 @@ class Agreements:
             if row is None:
                 self._check_place(session, key, agreement)
                 row = self._add(session, key, agreement)
-            return AgreementView(row, db.signatures(session, row.digest))
+            return AgreementView(session, row)
 
     def _check_place(self, session: Session, key: bytes, agreement: Agreement) -> None:
         now = self._clock()
@@ -153,7 +156,7 @@ class Agreements:
                 self._store_signature(session, row, agreement, member, cose)
             elif verify_agreement_signature(there.cose, agreement, member).digest != statement.digest:
                 raise RefusedError("conflict", "the member has signed with another head")
-            return AgreementView(row, db.signatures(session, digest))
+            return AgreementView(session, row)
 
     def _store_signature(
         self, session: Session, row: AgreementRow, agreement: Agreement, member: str, cose: bytes
@@ -170,7 +173,7 @@ class Agreements:
         """An agreement by its digest."""
         with self._store.read() as session:
             row, _ = db.agreement_for(session, digest, key)
-            return AgreementView(row, db.signatures(session, digest))
+            return AgreementView(session, row)
 
     def newest(self, key: bytes, series: bytes) -> AgreementView:
         """The newest version of a series that the caller is a member of."""
@@ -184,4 +187,4 @@ class Agreements:
             )
             if row is None:
                 raise RefusedError("unknown-agreement")
-            return AgreementView(row, db.signatures(session, row.digest))
+            return AgreementView(session, row)

@@ -569,7 +569,9 @@ def _stopping() -> ParleyError:
 
 
 def _agreement(view: AgreementView) -> pb.AgreementState:
-    return pb.AgreementState(canonical=view.canonical, signatures=view.signatures, missing=view.missing)
+    return pb.AgreementState(
+        canonical=view.canonical, signatures=view.signatures, missing=view.missing, session=view.session
+    )
 
 
 def _upload(view: UploadView) -> pb.UploadState:

@@ -27,8 +27,8 @@ START_SECONDS: Final = 30
 """How long a coordinator may take to answer."""
 STOP_SECONDS: Final = 15
 """How long it may take to end after SIGTERM, its grace for running calls included."""
-ENCLAVES: Final = ("enclaves", "machines")
-"""Folders of the enclaves that the launchers `local` and `qemu` start."""
+ENCLAVES: Final = {"local": "enclaves", "qemu": "machines"}
+"""Folders of the enclaves that these launchers start, where the configuration names no other."""
 
 
 class StackError(Exception):
@@ -99,8 +99,13 @@ class Stack:
 
     @property
     def _configuration(self) -> dict[str, Any]:
-        with (self.folder / "coordinator.toml").open("rb") as file:
-            return tomllib.load(file)
+        path = self.folder / "coordinator.toml"
+        if not path.exists():
+            return {}
+        try:
+            return tomllib.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise StackError(f"{path}: {error}") from None
 
     @classmethod
     def made(cls, folder: Path, *, listen: str = "127.0.0.1:7443", workers: int | None = None) -> Stack:
@@ -175,8 +180,15 @@ class Stack:
                     _end(int(path.read_text()))
 
     def of_enclaves(self, name: str) -> list[Path]:
-        """The files of that name of all enclaves here, simulated and emulated."""
-        return sorted(path for kind in ENCLAVES for path in (self.folder / kind).glob(f"*/{name}"))
+        """The files of that name of all enclaves of this stack, simulated and emulated: of both launchers, since the
+        configuration may have changed, and where it says. StackError where it is no TOML."""
+        launcher = self._configuration.get("launcher", {})
+        folders = {
+            self.folder / place
+            for kind, usual in ENCLAVES.items()
+            for place in (usual, launcher.get(kind, {}).get("folder", usual))
+        }
+        return sorted(path for folder in folders for path in folder.glob(f"*/{name}"))
 
 
 def free_port() -> int:

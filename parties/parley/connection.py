@@ -245,16 +245,26 @@ class Connection:
         return Standing(self, agreement)
 
     def _live(self, agreement: Agreement) -> bytes | None:
-        """The newest session of an agreement that is neither lost nor released, from what waits and what happened."""
+        """The session of an agreement that is neither lost nor released: one that waits for this member or that it joined, else
+        the one that the coordinator names."""
         waiting = {item.session for item in self.inbox() if item.agreement == agreement.digest and item.session}
         joined = {joined.session for joined in self.member.state.sessions() if joined.agreement == agreement.digest}
         for session in waiting | joined:
             if self._lives(session):
                 return session
-        # Who neither brings nor joins, as an analyst, finds it in what happened.
-        events = self.transport.events(0, b"", 1.0)
-        opened = [event.session for event in events if event.kind == "opened" and event.agreement == agreement.digest]
-        return opened[-1] if opened and self._lives(opened[-1]) else None
+        # Who neither brings nor joins, as an analyst.
+        named = self.live(agreement.digest)
+        return named if named is not None and self._lives(named) else None
+
+    def live(self, agreement: bytes) -> bytes | None:
+        """The id of the session that lives under an agreement, as the coordinator says; None where none does, or where it does
+        not know the agreement."""
+        try:
+            return self.transport.get_agreement(digest=agreement).session or None
+        except RefusedError as error:
+            if error.code != "unknown-agreement":
+                raise
+            return None
 
     def _lives(self, session: bytes) -> bool:
         try:

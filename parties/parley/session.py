@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from parley.connection import Connection
     from parley.kms import Key
     from parley.reading import Source
-    from parley.transport import Transport
+    from parley.transport import Events, Transport
 
 _log: Final = logging.getLogger("parley")
 _WAKE_S: Final = 10.0
@@ -87,21 +87,32 @@ class _Verified:
 
 
 class _Bell:
-    """Rings when something happens in a session: one stream of events in a thread, for as long as somebody waits."""
+    """Rings when something happens in a session: one stream of events in a thread, for as long as somebody waits.
+
+    The thread has ended when that does. One that is left in the middle of a call when the process ends may hold a lock of
+    gRPC's, for which the end of the process then waits for ever.
+    """
 
     def __init__(self, transport: Transport, session: bytes) -> None:
         self._transport = transport
         self._session = session
         self._rung = threading.Event()
+        self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._stream: Events | None = None
         self._error: ParleyError | None = None
+        self._thread = threading.Thread(target=self._listen, name="parley-events", daemon=True)
 
     def __enter__(self) -> _Bell:
-        threading.Thread(target=self._listen, name="parley-events", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        with self._lock:
+            self._ended.set()
+            if self._stream is not None:
+                self._stream.close()
+        self._thread.join(_WAKE_S)
 
     def wait(self, seconds: float) -> None:
         """Returns at the next ring, or after `seconds`; raises what ended the stream."""
@@ -114,13 +125,15 @@ class _Bell:
 
     def _listen(self) -> None:
         after = 0
-        while not self._ended.is_set():
+        while True:
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                self._stream = stream = self._transport.events(after, self._session, _WAKE_S)
             try:
-                for event in self._transport.events(after, self._session, _WAKE_S):
+                for event in stream:
                     after = int(event.number)
                     self._rung.set()
-                    if self._ended.is_set():
-                        return
             except ParleyError as error:
                 self._error = error
                 self._rung.set()

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -133,21 +134,10 @@ class Transport:
     def refuse(self, session: bytes, cose: bytes) -> pb.SessionState:
         return self._call(self._stub.Refuse, pb.RefuseRequest(session=session, cose=cose))
 
-    def events(self, after: int, session: bytes, seconds: float) -> Iterator[pb.Event]:
+    def events(self, after: int, session: bytes, seconds: float) -> Events:
         """Events after a number, for at most `seconds`; then it ends, as it does when the other side goes away."""
-        call = self._stub.Watch(
-            pb.WatchRequest(after=after, session=session), timeout=seconds, metadata=self._metadata()
-        )
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            found = _translated(error)
-            if not isinstance(found, UnavailableError):
-                raise found from None
-            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                time.sleep(_FIRST_PAUSE_S * (1 + random.random()))  # noqa: S311  # jitter
-        finally:
-            call.cancel()
+        request = pb.WatchRequest(after=after, session=session)
+        return Events(self._stub.Watch(request, timeout=seconds, metadata=self._metadata()))
 
     # Uploads
 
@@ -285,6 +275,31 @@ class Transport:
             statement = Caller(self._identity.public.signing, self._server, expires)
             self._caller = (self._identity.sign(statement.to_bytes()), expires)
         return ((METADATA_KEY, self._caller[0]),)
+
+
+class Events(Iterator[pb.Event]):
+    """A stream of events. Another thread may end it."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._ended = threading.Event()
+
+    def __next__(self) -> pb.Event:
+        try:
+            found: pb.Event = next(self._call)
+        except grpc.RpcError as error:
+            told = _translated(error)
+            if not isinstance(told, UnavailableError):
+                raise told from None
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._ended.wait(_FIRST_PAUSE_S * (1 + random.random()))  # noqa: S311  # jitter
+            raise StopIteration from None
+        return found
+
+    def close(self) -> None:
+        """Ends it, also while `next` waits in another thread, which then raises StopIteration at once."""
+        self._ended.set()
+        self._call.cancel()
 
 
 class _Pauses:

@@ -21,6 +21,7 @@ from support.client import Members, frame_of, members
 from support.enclave import until
 
 NAMES = ("analyst", "north", "south", "west")
+LIMIT_S = 120
 Answer = tuple[int, list[Any], str]
 Parley = Callable[..., Answer]
 
@@ -118,12 +119,17 @@ def test_a_session_by_hand(made: Members, parley: Parley) -> None:
 
     assert kinds(parley("west", "inbox")) == ["fetch"]
     assert parley("west", "show")[0] == Exit.UNAVAILABLE  # not fetched yet
+    assert parley("west", "show", title)[0] == Exit.UNAVAILABLE
+    assert parley("west", "show", "no-such-title")[0] == Exit.USAGE
+    digest = made.agreement.digest.hex()
     code, values, _ = parley("west", "fetch", title, "--out", "sealed.bundle")
     assert code == 0 and values[0]["outputs"] == ["by_site"] and image.items() <= values[0].items()
     assert image.items() <= parley("west", "status", session)[1][0].items()
     assert kinds(parley("west", "inbox")) == []
-    tables = [parley("west", "show", *which)[1][0] for which in ([], [session[:8]], ["sealed.bundle"])]
-    assert tables[0] == tables[1] == tables[2]
+    tables = [
+        parley("west", "show", *which)[1][0] for which in ([], [session[:8]], [title], [digest[:12]], ["sealed.bundle"])
+    ]
+    assert all(table == tables[0] for table in tables)
     assert [row[0] for row in tables[0]["rows"]] == ["north", "south", "west"]
     assert sum(row[1] for row in tables[0]["rows"]) == 1800
 
@@ -157,7 +163,7 @@ def begin(made: Members, member: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "parley.cli", *arguments],
         cwd=made.folder / member,
-        env={**os.environ, **environment(made)},
+        env={**os.environ, **environment(made), "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -165,7 +171,13 @@ def begin(made: Members, member: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        # Its fault handler writes where each thread stands.
+        process.send_signal(signal.SIGABRT)
+        out, err = process.communicate(timeout=LIMIT_S)
+        pytest.fail(f"{process.args!r} did not end in {LIMIT_S} s; it said\n{out}\n{err}")
     return process.returncode, out, err
 
 

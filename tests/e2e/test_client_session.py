@@ -17,6 +17,8 @@ from parley import RefusedError, Release, StateError, save_signed
 from parley.session import Session
 from parley_protocol.errors import DataError
 from support.client import Members, frame_of, members
+from support.enclave import until
+from support.paperwire import NoEvents
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 NAMES = ("ann", "bob", "cyd")
@@ -115,6 +117,35 @@ def test_a_session_of_three_members(three: Members) -> None:
     assert Release.read((three.folder / "open.bundle").read_bytes())["by_site"].rows == closed["by_site"].rows
     frame = closed["by_site"].to_pandas()
     assert list(frame["site"]) == ["north", "south", "west"]
+
+
+def test_an_analyst_finds_the_live_session_however_slow_events_are(three: Members) -> None:
+    ann, cyd = three.connect("ann"), three.connect("cyd")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(cyd.transport), "events", lambda *_: NoEvents())
+        assert cyd.live(three.agreement.digest) is None
+        with pytest.raises(RefusedError, match="no session"):
+            cyd.session(three.agreement)
+        opened = ann.open(three.agreement)
+        assert cyd.session(three.agreement).id == opened.id == cyd.live(three.agreement.digest)
+        # A coordinator that does not know the agreement has no session of it.
+        assert cyd.live(b"?" * 48) is None
+        three.coordinator.end_enclaves()
+        until(lambda: cyd.live(three.agreement.digest) is None)
+
+
+def test_nobody_listens_any_more_when_a_wait_is_over(three: Members) -> None:
+    def listening() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "parley-events"]
+
+    session = three.connect("ann").open(three.agreement)
+    for _ in range(3):
+        assert session.wait(timeout_s=0.5).phase == "open"
+        assert listening() == []
+    three.coordinator.end_enclaves()
+    with pytest.raises(RefusedError, match="lost"):
+        session.wait(timeout_s=60)
+    assert listening() == []
 
 
 def test_a_second_session_follows_the_head_and_state_lost_is_noticed(three: Members) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from parley_protocol.v1 import coordinator_pb2 as pb
 from parley_protocol.v1 import enclave_pb2 as epb
 from support.attacks import told
 from support.enclave import Host, Rows, Simulation, agreement_of, rows_of, until
+from support.paperwire import NoEvents
 
 
 @dataclass
@@ -397,8 +398,8 @@ class Wire:
     def refuse(self, session: bytes, cose: bytes) -> Any:
         return self._answer("refuse", session, cose)
 
-    def events(self, after: int, session: bytes, seconds: float) -> Iterator[Any]:
-        yield from ()
+    def events(self, after: int, session: bytes, seconds: float) -> NoEvents:
+        return NoEvents()
 
     def upload(self, digest: bytes, cose: bytes, blob: Path, progress: Any = None) -> None:
         self._answer("upload", digest, cose, blob.read_bytes())

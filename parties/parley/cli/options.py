@@ -57,6 +57,10 @@ def key_path(key: Path | None) -> Path:
     return found[0]
 
 
+AGREEMENTS: Final = (".yaml", ".yml", ".parley")
+"""Endings of files that hold an agreement."""
+
+
 def passphrase() -> str:
     """The passphrase from the environment, or asked for on a terminal."""
     given = os.environ.get(PASSPHRASE)
@@ -114,7 +118,7 @@ def find_agreement(
     """The agreement that `text` names: a file, or the title or start of the digest of one that the caller keeps or that
     waits at the coordinator. `fresh`: with the signatures that the coordinator has by now."""
     path = Path(text)
-    if path.suffix in (".yaml", ".yml", ".parley") and path.is_file():
+    if path.suffix in AGREEMENTS and path.is_file():
         signed = read_agreement(path)
         if not fresh:
             return signed
@@ -194,6 +198,10 @@ def find_session(text: str, connection: Connection, *, released: bool = False) -
 
 def _opened(digits: str, connection: Connection) -> bytes | None:
     """A session that was opened under one of the caller's agreements, though nothing in it waits for the caller."""
+    for signed in connection.member.state.agreements():
+        live = connection.live(signed.digest)
+        if live is not None and live.hex().startswith(digits):
+            return live
     for event in connection.transport.events(0, b"", 2.0):
         if event.kind == "opened" and bytes(event.session).hex().startswith(digits):
             return bytes(event.session)

@@ -12,7 +12,18 @@ from parley.cli.app import command
 from parley.cli.console import Console, plural, session_name, short, size, when
 from parley.cli.exits import Exit, Failure
 from parley.cli.images import image_facts
-from parley.cli.options import CertOption, JsonOption, KeyOption, ToOption, connect, find_session, member
+from parley.cli.options import (
+    AGREEMENTS,
+    CertOption,
+    JsonOption,
+    KeyOption,
+    ToOption,
+    connect,
+    find_session,
+    member,
+    names_agreement,
+    read_agreement,
+)
 from parley.cli.summary import party_word, several
 
 if TYPE_CHECKING:
@@ -68,7 +79,11 @@ def fetch(
 
 def show(
     source: Annotated[
-        str | None, typer.Argument(help="A bundle, or the start of a session's id; the newest release where left out.")
+        str | None,
+        typer.Argument(
+            help="A bundle; or the start of a session's id, or an agreement: its newest release that you fetched; the"
+            " newest of all where left out."
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", help="Only this output.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: every combination, hidden values empty.")] = False,
@@ -102,8 +117,9 @@ def show(
 def _release(source: str | None, key: Path | None) -> Release:
     from parley import Release
 
-    if source is not None and Path(source).is_file():
-        return Release.read(Path(source).read_bytes(), _reader(key))
+    path = None if source is None else Path(source)
+    if path is not None and path.is_file() and path.suffix not in AGREEMENTS:
+        return Release.read(path.read_bytes(), _reader(key))
     me = member(key)
     kept = me.state.releases()
     if source is None:
@@ -113,13 +129,46 @@ def _release(source: str | None, key: Path | None) -> Release:
         session = max(kept, key=lambda found: (folder / f"{found.hex()}.bundle").stat().st_mtime_ns)
     else:
         digits = source.replace("-", "").lower()
-        matching = [found for found in kept if found.hex().startswith(digits)]
-        if len(matching) != 1:
-            raise Failure(f"{source}: neither a bundle nor one session that was fetched", Exit.USAGE, "unknown-session")
-        session = matching[0]
+        matching = [found for found in kept if digits and found.hex().startswith(digits)]
+        if len(matching) > 1:
+            raise Failure(
+                f"{source}: {len(matching)} sessions begin so; give more digits", Exit.USAGE, "unknown-session"
+            )
+        session = matching[0] if matching else _newest(source, me, kept)
     data = me.state.release(session)
     assert data is not None
     return Release.read(data, me)
+
+
+def _newest(text: str, me: Member, kept: list[bytes]) -> bytes:
+    """The session of the newest release that was fetched of an agreement, which `text` names as for `fetch`."""
+    from parley_protocol.bundle import Bundle
+    from parley_protocol.cose import payload_unverified
+    from parley_protocol.transcript import Record
+
+    if Path(text).suffix in AGREEMENTS and Path(text).is_file():
+        text = read_agreement(Path(text)).digest.hex()
+    found: dict[bytes, list[tuple[int, bytes]]] = {}
+    for session in kept:
+        data = me.state.release(session)
+        assert data is not None
+        bundle = Bundle.from_bytes(data)  # only to choose: what is shown is verified
+        agreement = bundle.lineage[-1].signed.agreement()
+        if names_agreement(text, agreement):
+            sequence = Record.from_bytes(payload_unverified(bundle.record)).body.sequence
+            found.setdefault(agreement.series, []).append((sequence, session))
+    if not found and any(names_agreement(text, signed.agreement()) for signed in me.state.agreements()):
+        raise Failure(f"{text}: no release of it was fetched yet: parley fetch {text}", Exit.UNAVAILABLE, "phase")
+    if not found:
+        raise Failure(
+            f"{text}: neither a bundle, nor a session or an agreement of which a release was fetched",
+            Exit.USAGE,
+            "unknown-session",
+        )
+    if len(found) > 1:
+        raise Failure(f"{text}: several agreements: name one by the start of its digest", Exit.USAGE)
+    [releases] = found.values()
+    return max(releases)[1]
 
 
 def _reader(key: Path | None) -> Member | None:

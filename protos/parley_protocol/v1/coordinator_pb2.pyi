@@ -116,7 +116,10 @@ class AgreementState(_message.Message):
     CANONICAL_FIELD_NUMBER: _builtins.int
     SIGNATURES_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     canonical: _builtins.bytes
+    session: _builtins.bytes
+    """The live session of this version; empty where there is none, or its enclave has not begun it."""
     @_builtins.property
     def signatures(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]: ...
     @_builtins.property
@@ -127,10 +130,11 @@ class AgreementState(_message.Message):
         canonical: _builtins.bytes = ...,
         signatures: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
         missing: _abc.Iterable[_builtins.str] | None = ...,
+        session: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canonical", b"canonical", "missing", b"missing", "signatures", b"signatures"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canonical", b"canonical", "missing", b"missing", "session", b"session", "signatures", b"signatures"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

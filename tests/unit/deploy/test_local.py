@@ -70,16 +70,36 @@ def test_an_agreement_names_the_image_where_the_emulator_boots_one(folder: Path)
     assert stack.measured == folder.resolve().parent / "parley.eif"
 
 
-@pytest.mark.parametrize("kind", ["enclaves", "machines"])
-def test_a_stop_ends_enclaves_of_both_launchers(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["enclaves", "machines", "configured", "configured-whole"])
+def test_a_stop_ends_enclaves_of_both_launchers_wherever_they_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     stack = Stack.made(folder)
-    enclave = folder / kind / "00112233"
+    place = tmp_path / "elsewhere" if kind == "configured-whole" else folder / kind
+    if kind.startswith("configured"):
+        named = kind if kind == "configured" else str(place)
+        (folder / "coordinator.toml").write_text(f'listen = "127.0.0.1:0"\n[launcher.local]\nfolder = "{named}"\n')
+    enclave = place / "00112233"
     enclave.mkdir(parents=True)
     with subprocess.Popen(["sleep", "600"]) as process:
         threading.Thread(target=process.wait, daemon=True).start()
         (enclave / "nsm.pid").write_text(f"{process.pid}\n")
-        stack.stop()
+        (enclave / "enclave.sock").touch()
+        assert state(folder, capsys)[1]["enclaves"] == ["00112233"]
+        assert run(["local", "down", "--dir", str(folder)]) == 0
         assert process.wait(10) == -signal.SIGTERM
+    assert stack.pid is None
+
+
+def test_a_configuration_that_is_no_toml_is_an_error_that_names_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = Stack.made(folder)
+    (folder / "coordinator.toml").write_text("listen = ")
+    assert run(["local", "down", "--dir", str(folder)]) == 4
+    assert "coordinator.toml" in capsys.readouterr().err
+    (folder / "coordinator.toml").unlink()
+    stack.stop()
 
 
 def test_a_coordinator_that_does_not_start_is_an_error_that_names_the_log(folder: Path) -> None:
