@@ -136,10 +136,12 @@ class Transport:
     def events(self, after: int, session: bytes, seconds: float) -> Iterator[pb.Event]:
         """Events after a number, for at most `seconds`; then it ends, as it does when the other side goes away."""
         call = self._stub.Watch(
-            pb.WatchRequest(after=after, session=session), timeout=seconds, metadata=self._metadata()
+            pb.WatchRequest(after=after, session=session, several=True), timeout=seconds, metadata=self._metadata()
         )
         try:
-            yield from call
+            for event in call:
+                yield event
+                yield from event.more
         except grpc.RpcError as error:
             found = _translated(error)
             if not isinstance(found, UnavailableError):
