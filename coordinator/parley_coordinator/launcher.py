@@ -75,6 +75,9 @@ class Launcher(Protocol):
     def find(self) -> list[EnclaveHandle]:
         """The enclaves that are alive, those of a former coordinator included; UnavailableError where that is not known."""
 
+    def room(self) -> bool:
+        """Whether a launch would find a place now; UnavailableError where that is not known."""
+
     def alive(self, handle: EnclaveHandle) -> bool:
         """False where it is certain that an enclave has ended."""
 
@@ -117,8 +120,7 @@ class LocalLauncher:
         folder = self._config.folder / secrets.token_hex(4)
         handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
         with self._alone():
-            found, starting = self._look()
-            if len(found) + starting >= self._most:
+            if not self._room():
                 raise no_capacity(self._most)
             stack.enter_context(self._stopped_unless_started(handle))
             folder.mkdir(mode=0o700)
@@ -139,6 +141,14 @@ class LocalLauncher:
     def find(self) -> list[EnclaveHandle]:
         with self._alone():
             return self._look()[0]
+
+    def room(self) -> bool:
+        with self._alone():
+            return self._room()
+
+    def _room(self) -> bool:
+        found, starting = self._look()
+        return len(found) + starting < self._most
 
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)

@@ -95,7 +95,7 @@ class NitroLauncher:
             )
         self._images.check(self._config.image, "launcher.nitro.image", wanted)
         with self._boot, exclusive(self._config.folder, self._config.attempts * self._config.start_s):
-            if len(self._taken()) >= self._most:
+            if not self.room():
                 raise no_capacity(self._most)
             for left in reversed(range(self._config.attempts)):
                 if self._closing.is_set():
@@ -125,6 +125,9 @@ class NitroLauncher:
                 raise UnavailableError("nitro-cli does not tell which enclaves run", retry_after_ms=RETRY_MS) from error
             found = [self._found(name, entry, description) for name, entry in entries.items()]
             return [handle for handle in found if handle is not None]
+
+    def room(self) -> bool:
+        return len(self._taken()) < self._most
 
     def alive(self, handle: EnclaveHandle) -> bool:
         entry = self._entries.get(handle.id)

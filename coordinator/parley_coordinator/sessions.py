@@ -52,6 +52,10 @@ FIRST_ATTEMPTS = 3
 refused, or an answer late, now and then, and a session would end for it."""
 FIRST_PAUSE_S = 1.0
 """Between two of these, with jitter."""
+OFFERED_S = 3.0
+"""How long a session without a place is offered to other coordinators, besides two renewals of leases, in which each of them
+looks for one: what a look may take."""
+OFFERED_POLL_S = 0.2
 SWEEP_S = 60.0
 """Between two looks for enclaves of no session."""
 
@@ -120,7 +124,7 @@ class Sessions:
             with self._world.store.read() as session:
                 phase = session.get_one(SessionRow, number).phase
             if phase == "launching":
-                self._launch(self._holding(number), agreement)
+                self._launch(self._to_launch(number), agreement)
         return self._view(number)
 
     def _find_or_add(self, key: bytes, request: bytes, agreement: AgreementRow) -> int:
@@ -207,6 +211,8 @@ class Sessions:
             self._let_go(lease.number)
             raise
         except ParleyError as error:
+            if error.code == "no-capacity" and not self._world.store.sqlite:
+                lease = self._offered(lease)
             self._give_up(lease, handle, error)
             raise
         self._attach(lease, agreement, handle, serves)
@@ -237,6 +243,22 @@ class Sessions:
         self._end_strays([found for found in living if found.id in used])
         return next((found for found in living if found.id not in used), None)
 
+    def _offered(self, lease: Lease) -> Lease:
+        """Lets another coordinator of this store launch, one that has a place for an enclave: ElsewhereError where one does.
+        Otherwise the session's lease, which is this coordinator's again; FencedError where it is not."""
+        number = lease.number
+        self._let_go(number)
+        self._world.leases.give_up([lease])
+        end = time.monotonic() + OFFERED_S + 2 * self._world.leases.renew_s
+        while time.monotonic() < end and not self._stopping.wait(OFFERED_POLL_S):
+            address = self._world.leases.elsewhere(number)
+            if address is not None:
+                raise ElsewhereError(address)
+        again = self._world.leases.take(number, first=False)
+        if again is None:
+            raise FencedError("another coordinator serves this session now; try again", retry_after_ms=RETRY_MS)
+        return again
+
     def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
         self._let_go(lease.number)
         live.lose(self._world, lease, error.code)
@@ -260,6 +282,16 @@ class Sessions:
     def _opening(self, series: bytes) -> threading.Lock:
         with self._lock:
             return self._series.setdefault(series, threading.Lock())
+
+    def _to_launch(self, number: int) -> Lease:
+        """The lease of a session that is to be launched: also of one that nobody serves, since nobody had a place for it."""
+        with self._lock:
+            lease = self._held.get(number)
+        if lease is None and self._world.leases.elsewhere(number) is None:
+            lease = self._world.leases.take(number, first=False)
+            if lease is not None:
+                self._hold(lease)
+        return lease or self._holding(number)
 
     # Leases
 
@@ -349,6 +381,8 @@ class Sessions:
         for number in numbers:
             if self._stopping.is_set():
                 return
+            if not first and self._needs_place(number) and not self._world.launcher.room():
+                continue
             lease = self._world.leases.take(number, first=first)
             if lease is None:
                 continue
@@ -359,6 +393,11 @@ class Sessions:
                 # Once the lease has expired, it is tried again.
                 self._let_go(number)
                 log.warning("not-taken-over", number=number, code=error.code)
+
+    def _needs_place(self, number: int) -> bool:
+        with self._world.store.read() as session:
+            row = session.get_one(SessionRow, number)
+            return row.phase == "launching" and not row.enclave
 
     def _adopt(self, lease: Lease, handles: dict[str, EnclaveHandle]) -> None:
         with self._world.store.read() as session:
