@@ -81,8 +81,9 @@ class Launcher(Protocol):
     def alive(self, handle: EnclaveHandle) -> bool:
         """False where it is certain that an enclave has ended."""
 
-    def stop(self, handle: EnclaveHandle) -> None:
-        """Ends an enclave and frees its place; nothing where it has ended."""
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
+        """Ends an enclave and frees its place; nothing where it has ended, nor where `unless` is true: it is asked while no
+        coordinator of this machine looks for enclaves, so whoever finds this one later finds it ended."""
 
     def close(self) -> None:
         """Ends launches that are under way, with UnavailableError; enclaves live on."""
@@ -153,9 +154,10 @@ class LocalLauncher:
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)
 
-    def stop(self, handle: EnclaveHandle) -> None:
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
         with self._alone():
-            self._stop(handle)
+            if not unless():
+                self._stop(handle)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

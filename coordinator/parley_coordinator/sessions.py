@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import select
@@ -240,7 +241,11 @@ class Sessions:
         with self._world.store.read() as session:
             query = select(SessionRow.enclave).where(SessionRow.enclave.in_([found.id for found in living]))
             used = set(session.scalars(query))
-        self._end_strays([found for found in living if found.id in used])
+        for found in living:
+            # Nobody begins a session with it, so nobody has to be asked.
+            if found.id in used:
+                log.warning("enclave-without-session", enclave=found.id)
+                self._world.launcher.stop(found)
         return next((found for found in living if found.id not in used), None)
 
     def _offered(self, lease: Lease) -> Lease:
@@ -353,7 +358,12 @@ class Sessions:
     def _end_strays(self, strays: list[EnclaveHandle]) -> None:
         for stray in strays:
             log.warning("enclave-without-session", enclave=stray.id)
-            self._world.launcher.stop(stray)
+            self._world.launcher.stop(stray, unless=partial(self._wanted, stray))
+
+    def _wanted(self, stray: EnclaveHandle) -> bool:
+        """Whether a session has come that uses an enclave, or may: its coordinator notes that before it looks for enclaves."""
+        enclaves, starting = self._world.leases.of_node()
+        return stray.id in enclaves or stray.agreement in starting
 
     def _renew(self) -> None:
         with self._lock:
