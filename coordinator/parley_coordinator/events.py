@@ -13,18 +13,21 @@ from sqlalchemy import func, select
 from parley_coordinator import store as db
 from parley_coordinator.models import EventRow, Membership
 from parley_coordinator.store import Store
+from parley_protocol.v1.coordinator_pb2 import Event
 
 PAGE = 500
-"""Events that one look takes."""
+"""Events that one look takes, and that one message holds."""
 KEPT: Final = 4096
 """Events in memory: whoever is further behind asks the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """An event and the keys of those who may see it: the members of its agreement, which never change."""
+    """An event, as it is told and made once for all, and the keys of those who may see it: the members of its agreement,
+    which never change."""
 
     row: EventRow
+    event: Event
     keys: frozenset[bytes]
 
 
@@ -73,7 +76,34 @@ class Events:
             for agreement, key in session.execute(query):
                 found[agreement].add(key)
         keys = {agreement: frozenset(members) for agreement, members in found.items()}
-        return [Happened(row, keys[row.agreement]) for row in rows]
+        return [Happened(row, event_of(row), keys[row.agreement]) for row in rows]
+
+
+def event_of(row: EventRow) -> Event:
+    """A row as it is told."""
+    return Event(
+        number=row.number,
+        agreement=row.agreement,
+        session=row.session or b"",
+        kind=row.kind,
+        member=row.member,
+        table=row.table_name,
+        code=row.code,
+        at_ms=row.at_ms,
+        percent=row.percent,
+    )
+
+
+def messages(events: Sequence[Event], *, several: bool) -> Iterator[Event]:
+    """The messages that tell events, in their order: one for each or, with `several`, for up to PAGE of them (crd-18)."""
+    if not several:
+        yield from events
+        return
+    for start in range(0, len(events), PAGE):
+        message = Event()
+        message.CopyFrom(events[start])
+        message.more.extend(events[start + 1 : start + PAGE])
+        yield message
 
 
 class Tail:
@@ -92,15 +122,16 @@ class Tail:
         if happened:
             self.last = happened[-1].row.number
 
-    def after(self, key: bytes, number: int, session_id: bytes) -> Iterator[EventRow]:
+    def after(self, key: bytes, number: int, session_id: bytes) -> list[Event]:
         """The events after a number, from `first` - 1 on, that a key may see; of one session where its id is not empty."""
         newer = []
         for happened in reversed(self._kept):
             if happened.row.number <= number:
                 break
             if key in happened.keys and (not session_id or happened.row.session == session_id):
-                newer.append(happened.row)
-        return reversed(newer)
+                newer.append(happened.event)
+        newer.reverse()
+        return newer
 
 
 class Bell:

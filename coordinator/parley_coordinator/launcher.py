@@ -75,11 +75,15 @@ class Launcher(Protocol):
     def find(self) -> list[EnclaveHandle]:
         """The enclaves that are alive, those of a former coordinator included; UnavailableError where that is not known."""
 
+    def room(self) -> bool:
+        """Whether a launch would find a place now; UnavailableError where that is not known."""
+
     def alive(self, handle: EnclaveHandle) -> bool:
         """False where it is certain that an enclave has ended."""
 
-    def stop(self, handle: EnclaveHandle) -> None:
-        """Ends an enclave and frees its place; nothing where it has ended."""
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
+        """Ends an enclave and frees its place; nothing where it has ended, nor where `unless` is true: it is asked while no
+        coordinator of this machine looks for enclaves, so whoever finds this one later finds it ended."""
 
     def close(self) -> None:
         """Ends launches that are under way, with UnavailableError; enclaves live on."""
@@ -119,8 +123,7 @@ class LocalLauncher:
         folder = self._config.folder / secrets.token_hex(4)
         handle = EnclaveHandle(folder.name, wanted.digest, f"unix:{folder / 'enclave.sock'}")
         with self._alone():
-            found, starting = self._look()
-            if len(found) + starting >= self._most:
+            if not self._room():
                 raise no_capacity(self._most)
             stack.enter_context(self._stopped_unless_started(handle))
             folder.mkdir(mode=0o700)
@@ -142,12 +145,21 @@ class LocalLauncher:
         with self._alone():
             return self._look()[0]
 
+    def room(self) -> bool:
+        with self._alone():
+            return self._room()
+
+    def _room(self) -> bool:
+        found, starting = self._look()
+        return len(found) + starting < self._most
+
     def alive(self, handle: EnclaveHandle) -> bool:
         return _listens(self._config.folder / handle.id)
 
-    def stop(self, handle: EnclaveHandle) -> None:
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
         with self._alone():
-            self._stop(handle)
+            if not unless():
+                self._stop(handle)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -14,7 +14,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,7 @@ from parley_coordinator import log, relay
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Nitro
 from parley_coordinator.images import Images, Wanted
-from parley_coordinator.launcher import RETRY_MS, EnclaveHandle, no_capacity, writing
+from parley_coordinator.launcher import LOCK_S, RETRY_MS, EnclaveHandle, no_capacity, writing
 from parley_coordinator.nitro_cli import (
     DEAF,
     GONE,
@@ -50,6 +51,8 @@ UNSURE: Final = ("", "E38", "E39", "E41")
 """Codes after which an enclave may run: nitro-cli was ended, or did not understand what the enclave's process said."""
 LOST_MS: Final = 15 * 60_000
 """How long a launch that was given up may still bring an enclave: longer than nitro-cli waits for a heartbeat."""
+LOOK_FILE: Final = "look"
+"""In the folder, locked while a coordinator compares entries with what nitro-cli lists: unlike `lock` never for a boot."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}-[0-9a-f]{8}-[0-9a-f]{16}")
 
 
@@ -95,7 +98,7 @@ class NitroLauncher:
             )
         self._images.check(self._config.image, "launcher.nitro.image", wanted)
         with self._boot, exclusive(self._config.folder, self._config.attempts * self._config.start_s):
-            if len(self._taken()) >= self._most:
+            if not self.room():
                 raise no_capacity(self._most)
             for left in reversed(range(self._config.attempts)):
                 if self._closing.is_set():
@@ -114,7 +117,7 @@ class NitroLauncher:
         raise UnavailableError("the coordinator is stopping")
 
     def find(self) -> list[EnclaveHandle]:
-        with self._lock:
+        with self._looking():
             entries = self._entries.all()
             if not entries:
                 return []
@@ -125,6 +128,9 @@ class NitroLauncher:
                 raise UnavailableError("nitro-cli does not tell which enclaves run", retry_after_ms=RETRY_MS) from error
             found = [self._found(name, entry, description) for name, entry in entries.items()]
             return [handle for handle in found if handle is not None]
+
+    def room(self) -> bool:
+        return len(self._taken()) < self._most
 
     def alive(self, handle: EnclaveHandle) -> bool:
         entry = self._entries.get(handle.id)
@@ -138,11 +144,17 @@ class NitroLauncher:
         there = _of(handle.id, entry, description)
         return there.state == RUNNING if there is not None else not description.complete
 
-    def stop(self, handle: EnclaveHandle) -> None:
-        with self._lock:
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
+        with self._looking():
             entry = self._entries.get(handle.id)
-            if entry is not None:
+            if entry is not None and not unless():
                 self._end(handle.id, entry)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """In this process and among coordinators that share the folder."""
+        with self._lock, exclusive(self._config.folder, LOCK_S, LOOK_FILE):
+            yield
 
     def close(self) -> None:
         """Gives up the launch that is under way; its enclave, if it still comes, is ended by the next coordinator."""

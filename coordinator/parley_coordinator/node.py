@@ -83,9 +83,9 @@ def _node(folder: Path) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, seconds: float) -> Iterator[None]:
+def exclusive(folder: Path, seconds: float, name: str = LOCK_FILE) -> Iterator[None]:
     """Held by one process at a time for a folder of enclaves; UnavailableError where another one keeps it."""
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         end = time.monotonic() + seconds
         while True:

@@ -1,8 +1,9 @@
 """Blobs in S3, or in what speaks like it: the one module that does.
 
 A blob that grows is a multipart upload whose parts carry their SHA-256, so that nothing is acknowledged that arrived
-otherwise. What is less than a part can be is kept as an object of its own, its tail, until more comes. Blobs are read in
-blocks, a few ahead of whoever reads on, through one bounded cache.
+otherwise. What is less than a part can be is kept as an object of its own, its tail, until more comes. An upload that was
+interrupted so often that its part numbers would run out is completed as it is, and goes on as another one whose first parts
+are copies of it, made within S3. Blobs are read in blocks, a few ahead of whoever reads on, through one bounded cache.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ PARTS: Final = 10_000
 """S3's: part numbers of one upload."""
 AIM_PARTS: Final = 8_000
 """Parts of the largest blobs; the other numbers are for interruptions."""
+COPIED: Final = 512 << 20
+"""What one part copies of an upload that goes on as another one: a request which S3 answers well within READ_S, and so much
+that one interruption in hundreds needs copies. Those of the largest blobs have COPIED_PARTS parts each, so that they are few."""
+COPIED_PARTS: Final = 8
+MOST_PART: Final = 5 << 30
+"""S3's: bytes of a part."""
 GAP: Final = 32
 """Part numbers that a writer may use beyond those that the store of state knows of; whoever comes after it leaves them out, for it
 may still be sending. A stream has fewer parts of LEAST_PART between two looks at what is stored, 2 * SYNC_BYTES each."""
@@ -198,6 +205,21 @@ class Bucket:
                 found[part["PartNumber"]] = (part["Size"], named)
         return found
 
+    def copy_part(self, key: str, upload: str, number: int, first: int, last: int) -> dict[str, Any]:
+        """Makes a part of a range of the object that is there; what is needed to name it in the end."""
+        copied = self.client.upload_part_copy(
+            Bucket=self._config.bucket,
+            Key=key,
+            UploadId=upload,
+            PartNumber=number,
+            CopySource={"Bucket": self._config.bucket, "Key": key},
+            CopySourceRange=f"bytes={first}-{last}",
+        )["CopyPartResult"]
+        named = {"PartNumber": number, "ETag": copied["ETag"]}
+        if "ChecksumSHA256" in copied:
+            named["ChecksumSHA256"] = copied["ChecksumSHA256"]
+        return named
+
     def finish(self, key: str, upload: str, parts: list[dict[str, Any]]) -> None:
         """Makes an object of all parts."""
         listed: Any = {"Parts": parts}
@@ -312,13 +334,17 @@ class _Writer:
             self._find_parts(progress)
         if progress.tail and not self._finished:
             self._find_tail(progress)
+        if self._upload and not self._finished and self._runs_out:
+            if self._named:
+                self._bucket.finish(self._key, self._upload, self._named)
+            self._go_on_after(self._in_parts)
         self._position = progress.parts_bytes + len(self._buffer) if not self._finished else size
 
     def _find_parts(self, progress: Progress) -> None:
         try:
             there = self._bucket.parts(self._key, self._upload)
         except ClientError as error:
-            self._find_whole(error)
+            self._find_whole(error, progress.parts_bytes)
             return
         for first, last, expected in progress.runs:
             parts = [there.get(number, (0, {})) for number in range(first, last + 1)]
@@ -326,13 +352,40 @@ class _Writer:
                 raise OSError(f"{self._key}: parts {first} to {last} have not the {expected} bytes that were stored")
             self._named += [named for _, named in parts]
 
-    def _find_whole(self, error: ClientError) -> None:
-        # It was put together, and the coordinator killed before it was noted.
+    def _find_whole(self, error: ClientError, parts: int = -1) -> None:
+        # It was put together, whole or because its numbers ran out, and the coordinator killed before that was noted.
         if _code(error) not in _MISSING:
             raise error
-        if self._bucket.size_of(self._key) != self._size:
+        size = self._bucket.size_of(self._key)
+        if size == parts:
+            self._go_on_after(size)
+        elif size == self._size:
+            self._finished = True
+        else:
             raise OSError(f"{self._key}: what was stored of it is gone") from error
-        self._finished = True
+
+    @property
+    def _runs_out(self) -> bool:
+        """Whether there are too few numbers for what is missing, and for whoever comes after this writer."""
+        missing = -(-(self._size - self._in_parts) // self._part_bytes)
+        return self._next + missing + 2 * GAP > PARTS
+
+    def _go_on_after(self, size: int) -> None:
+        """Begins another upload with copies of the object that the one before has become. Whoever still writes to that one, or
+        does the same at the same time, has no part in this; what is not gone on with is swept."""
+        self._upload = self._bucket.begin(self._key)
+        step = min(MOST_PART, max(COPIED, COPIED_PARTS * self._part_bytes))
+        # No copy is smaller than a part may be: the last one takes what is left.
+        starts = range(0, max(1, size - LEAST_PART + 1), step) if size else range(0)
+        ends = [*starts[1:], size][: len(starts)]
+        self._named = [
+            self._bucket.copy_part(self._key, self._upload, number, start, end - 1)
+            for number, (start, end) in enumerate(zip(starts, ends, strict=True), 1)
+        ]
+        self._runs = [[1, len(self._named), size]] if size else []
+        self._next = len(self._named) + 1
+        self._limit = self._told = PARTS + 1
+        self._noted = False
 
     def _find_tail(self, progress: Progress) -> None:
         try:
@@ -364,7 +417,8 @@ class _Writer:
     def _put_part(self, data: bytes) -> None:
         number = self._next
         if number > PARTS:
-            raise UnavailableError("the blob was interrupted too often for the parts that S3 allows")
+            # Whoever opens the blob next goes on with fresh ones.
+            raise UnavailableError("the part numbers of this blob have run out", retry_after_ms=RETRY_MS)
         if number >= self._limit:
             raise UnavailableError("too much was written that is not known to be stored", retry_after_ms=RETRY_MS)
         if not self._upload:

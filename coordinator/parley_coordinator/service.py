@@ -28,12 +28,11 @@ from parley_coordinator.agreements import Agreements, AgreementView
 from parley_coordinator.callers import METADATA_KEY, Callers
 from parley_coordinator.clock import Clock
 from parley_coordinator.config import Quotas
-from parley_coordinator.events import Bell, Events, Tail
+from parley_coordinator.events import Bell, Events, Tail, event_of, messages
 from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.leases import ElsewhereError
-from parley_coordinator.models import EventRow
 from parley_coordinator.peers import PASSED_ON, PeerError, Peers
 from parley_coordinator.releases import Releases
 from parley_coordinator.sessions import Sessions, SessionView
@@ -194,18 +193,20 @@ class Service(CoordinatorServicer):
                 tail = self._tail
                 if tail is None or number < tail.first - 1:
                     after = self._parts.events.after
-                    for row in (rows := await self._run(context, self._watching, after, key, number, request.session)):
-                        number = row.number
-                        yield _event(row)
+                    rows = await self._run(context, self._watching, after, key, number, request.session)
+                    for message in messages([event_of(row) for row in rows], several=request.several):
+                        yield message
                     if rows or tail is None:
-                        if not rows:
+                        if rows:
+                            number = rows[-1].number
+                        else:
                             await _within(rung, WATCH_S)
                         continue
                     # There are none between the number and the tail.
                     number = tail.first - 1
                 upto = tail.last
-                for row in tail.after(key, number, request.session):
-                    yield _event(row)
+                for message in messages(tail.after(key, number, request.session), several=request.several):
+                    yield message
                 number = max(number, upto)
                 if tail.last == upto:
                     await _within(rung, WATCH_S)
@@ -595,17 +596,3 @@ def _session(view: SessionView) -> pb.SessionState:
 
 def _roster(roster: tuple[bytes, tuple[str, ...]]) -> pb.RosterReply:
     return pb.RosterReply(cose=roster[0], missing=roster[1])
-
-
-def _event(row: EventRow) -> pb.Event:
-    return pb.Event(
-        number=row.number,
-        agreement=row.agreement,
-        session=row.session or b"",
-        kind=row.kind,
-        member=row.member,
-        table=row.table_name,
-        code=row.code,
-        at_ms=row.at_ms,
-        percent=row.percent,
-    )

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import select
@@ -52,6 +53,10 @@ FIRST_ATTEMPTS = 3
 refused, or an answer late, now and then, and a session would end for it."""
 FIRST_PAUSE_S = 1.0
 """Between two of these, with jitter."""
+OFFERED_S = 3.0
+"""How long a session without a place is offered to other coordinators, besides two renewals of leases, in which each of them
+looks for one: what a look may take."""
+OFFERED_POLL_S = 0.2
 SWEEP_S = 60.0
 """Between two looks for enclaves of no session."""
 
@@ -120,7 +125,7 @@ class Sessions:
             with self._world.store.read() as session:
                 phase = session.get_one(SessionRow, number).phase
             if phase == "launching":
-                self._launch(self._holding(number), agreement)
+                self._launch(self._to_launch(number), agreement)
         return self._view(number)
 
     def _find_or_add(self, key: bytes, request: bytes, agreement: AgreementRow) -> int:
@@ -207,6 +212,8 @@ class Sessions:
             self._let_go(lease.number)
             raise
         except ParleyError as error:
+            if error.code == "no-capacity" and not self._world.store.sqlite:
+                lease = self._offered(lease)
             self._give_up(lease, handle, error)
             raise
         self._attach(lease, agreement, handle, serves)
@@ -234,8 +241,28 @@ class Sessions:
         with self._world.store.read() as session:
             query = select(SessionRow.enclave).where(SessionRow.enclave.in_([found.id for found in living]))
             used = set(session.scalars(query))
-        self._end_strays([found for found in living if found.id in used])
+        for found in living:
+            # Nobody begins a session with it, so nobody has to be asked.
+            if found.id in used:
+                log.warning("enclave-without-session", enclave=found.id)
+                self._world.launcher.stop(found)
         return next((found for found in living if found.id not in used), None)
+
+    def _offered(self, lease: Lease) -> Lease:
+        """Lets another coordinator of this store launch, one that has a place for an enclave: ElsewhereError where one does.
+        Otherwise the session's lease, which is this coordinator's again; FencedError where it is not."""
+        number = lease.number
+        self._let_go(number)
+        self._world.leases.give_up([lease])
+        end = time.monotonic() + OFFERED_S + 2 * self._world.leases.renew_s
+        while time.monotonic() < end and not self._stopping.wait(OFFERED_POLL_S):
+            address = self._world.leases.elsewhere(number)
+            if address is not None:
+                raise ElsewhereError(address)
+        again = self._world.leases.take(number, first=False)
+        if again is None:
+            raise FencedError("another coordinator serves this session now; try again", retry_after_ms=RETRY_MS)
+        return again
 
     def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
         self._let_go(lease.number)
@@ -260,6 +287,16 @@ class Sessions:
     def _opening(self, series: bytes) -> threading.Lock:
         with self._lock:
             return self._series.setdefault(series, threading.Lock())
+
+    def _to_launch(self, number: int) -> Lease:
+        """The lease of a session that is to be launched: also of one that nobody serves, since nobody had a place for it."""
+        with self._lock:
+            lease = self._held.get(number)
+        if lease is None and self._world.leases.elsewhere(number) is None:
+            lease = self._world.leases.take(number, first=False)
+            if lease is not None:
+                self._hold(lease)
+        return lease or self._holding(number)
 
     # Leases
 
@@ -321,7 +358,12 @@ class Sessions:
     def _end_strays(self, strays: list[EnclaveHandle]) -> None:
         for stray in strays:
             log.warning("enclave-without-session", enclave=stray.id)
-            self._world.launcher.stop(stray)
+            self._world.launcher.stop(stray, unless=partial(self._wanted, stray))
+
+    def _wanted(self, stray: EnclaveHandle) -> bool:
+        """Whether a session has come that uses an enclave, or may: its coordinator notes that before it looks for enclaves."""
+        enclaves, starting = self._world.leases.of_node()
+        return stray.id in enclaves or stray.agreement in starting
 
     def _renew(self) -> None:
         with self._lock:
@@ -349,6 +391,8 @@ class Sessions:
         for number in numbers:
             if self._stopping.is_set():
                 return
+            if not first and self._needs_place(number) and not self._world.launcher.room():
+                continue
             lease = self._world.leases.take(number, first=first)
             if lease is None:
                 continue
@@ -359,6 +403,11 @@ class Sessions:
                 # Once the lease has expired, it is tried again.
                 self._let_go(number)
                 log.warning("not-taken-over", number=number, code=error.code)
+
+    def _needs_place(self, number: int) -> bool:
+        with self._world.store.read() as session:
+            row = session.get_one(SessionRow, number)
+            return row.phase == "launching" and not row.enclave
 
     def _adopt(self, lease: Lease, handles: dict[str, EnclaveHandle]) -> None:
         with self._world.store.read() as session:

@@ -290,6 +290,12 @@ class Session(Bringing):
         with self._state.joining(self.agreement.series):
             self._transport.put_kms_join(self._new_kms_join(join.uploads, None)[1])
 
+    def _send_last_kms_join(self) -> None:
+        """What joins after a roster that ends unsigned; it may not have arrived yet."""
+        last = self._state.kms_join(self.agreement.digest)
+        assert last is not None
+        self._transport.put_kms_join(last[1])
+
     def _used_up_join(self) -> KmsJoin | None:
         """The KMS join that stands, where its one-time key is gone."""
         known = self._state.kms_join(self.agreement.digest)
@@ -492,7 +498,8 @@ class Session(Bringing):
     def countersign(self, *, by_hand: bool = False) -> SessionStatus:
         """Consents to the roster that stands; one that was signed before is sent again as it is.
 
-        StateError, code "roster", where the roster is never signed, or only by hand and `by_hand` is not given.
+        StateError, code "roster", where the roster is never signed, or only by hand and `by_hand` is not given. One that
+        lists an earlier join by KMS, whose key is gone, is such a roster: then the last one is sent again first (kms-17).
         """
         found = self._roster()
         if found is None:
@@ -509,6 +516,16 @@ class Session(Bringing):
             self._transport.put_countersignature(
                 self.id, signed.countersignature, [(item.offer, item.document, item.cose) for item in evidence]
             )
+        except StateError:
+            if not self._used_up(roster):
+                raise
+            self._renew_after()
+            self._send_last_kms_join()
+            raise StateError(
+                "the roster lists another join of yours than the last, whose one-time key is used up: refuse it, or wait until "
+                "it ends; your next join by KMS is sent, countersign the roster after this one",
+                code="roster",
+            ) from None
         finally:
             # The next session needs nobody either; least of all where the enclave died meanwhile.
             self._renew_after()
@@ -535,14 +552,18 @@ class Session(Bringing):
     def refuse(self) -> SessionStatus:
         """Refuses the roster that stands: it ends, and the refusal names this member. StateError where it is signed.
 
-        Whatever the host does with the refusal, this member cannot sign that roster any more."""
+        Whatever the host does with the refusal, this member cannot sign that roster any more. Where its join was one by KMS,
+        the next one is sent, so that the next roster needs it no earlier than this one did (kms-17)."""
         found = self._roster()
         if found is None:
             raise RefusedError("phase", "no roster stands")
         roster, _ = found
-        self._state.decline(self.id, roster)
+        self._state.decline(self.id, self.agreement.digest, roster)
         signed = self.member.identity.sign(Refusal(roster.digest, self.name).to_bytes())
-        self._transport.refuse(self.id, signed)
+        try:
+            self._transport.refuse(self.id, signed)
+        finally:
+            self._renew_after()
         return self.status()
 
     # Waiting
@@ -637,10 +658,8 @@ class Session(Bringing):
                 roster = self.roster()
                 if roster is not None and not self._used_up(roster):
                     raise
-                # It ends unsigned; what joins after it is the last KMS join, which may not have arrived yet.
-                last = self._state.kms_join(self.agreement.digest)
-                assert last is not None
-                self._transport.put_kms_join(last[1])
+                # It ends unsigned.
+                self._send_last_kms_join()
                 return False
             return True
         return False

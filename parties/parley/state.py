@@ -521,15 +521,18 @@ class State:
             self._finish_signature(signed)
             return signed
 
-    def decline(self, session: bytes, roster: Roster) -> None:
+    def decline(self, session: bytes, agreement: bytes, roster: Roster) -> None:
         """Makes a refusal hold before it is sent: the one-time key goes, so a host that keeps the refusal to itself gains
         nothing. StateError, code "roster", where the roster is signed."""
         with self._transaction():
             if self._load(SignedRoster, f"rosters/{roster.digest.hex()}") is not None:
                 raise StateError("you have signed this roster; a consent is not taken back", code="roster")
-            joined = self.joined(session)
-            if joined is not None and joined.join.roster_key in {entry.roster_key for entry in roster.included}:
-                self._drop_roster_key(joined.join.roster_key)
+            joined, listed = self.joined(session), {entry.roster_key for entry in roster.included}
+            own = {join.roster_key for join, _ in self.kms_joins(agreement)}
+            if joined is not None:
+                own.add(joined.join.roster_key)
+            for key in own & listed:
+                self._drop_roster_key(key)
             self._reached("refusal")
 
     def _finish_signature(self, signed: SignedRoster) -> None:

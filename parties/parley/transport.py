@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -136,7 +137,7 @@ class Transport:
 
     def events(self, after: int, session: bytes, seconds: float) -> Events:
         """Events after a number, for at most `seconds`; then it ends, as it does when the other side goes away."""
-        request = pb.WatchRequest(after=after, session=session)
+        request = pb.WatchRequest(after=after, session=session, several=True)
         return Events(self._stub.Watch(request, timeout=seconds, metadata=self._metadata()))
 
     # Uploads
@@ -283,8 +284,11 @@ class Events(Iterator[pb.Event]):
     def __init__(self, call: Any) -> None:
         self._call = call
         self._ended = threading.Event()
+        self._more: deque[pb.Event] = deque()
 
     def __next__(self) -> pb.Event:
+        if self._more:
+            return self._more.popleft()
         try:
             found: pb.Event = next(self._call)
         except grpc.RpcError as error:
@@ -294,6 +298,7 @@ class Events(Iterator[pb.Event]):
             if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 self._ended.wait(_FIRST_PAUSE_S * (1 + random.random()))  # noqa: S311  # jitter
             raise StopIteration from None
+        self._more.extend(found.more)
         return found
 
     def close(self) -> None:

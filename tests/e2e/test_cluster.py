@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -177,6 +178,61 @@ def test_crd_22_any_coordinator_answers_any_call(apart: Pair) -> None:
     assert (kinds[:3], kinds[-2:]) == (["opened", "joined", "joined"], ["released", "fetched"])
     assert not apart.b.enclaves()
     apart.check_released_once()
+
+
+def narrow(*coordinators: Coordinator) -> None:
+    """Lets each of them have one enclave at a time."""
+    for coordinator in coordinators:
+        file = coordinator.folder / "coordinator.toml"
+        file.write_text(file.read_text().replace("[launcher.local]", "[launcher]\nenclaves = 1\n[launcher.local]"))
+
+
+def another(made: Play, coordinator: Coordinator, purpose: str) -> Play:
+    """The same members with another agreement."""
+    found = Play(coordinator, replace(made.agreement, purpose=purpose), made.members, {})
+    found.sign()
+    return found
+
+
+def opened(made: Play, request: bytes) -> pb.SessionState:
+    """Opens a session as a client does: the same request again where it is told so."""
+    end = time.monotonic() + 90
+    while True:
+        try:
+            return made.open(request)
+        except grpc.RpcError as error:
+            assert code_of(error) in ("no-capacity", "unavailable") and time.monotonic() < end, error
+            time.sleep(0.2)
+
+
+def test_crd_22_who_has_no_place_for_an_enclave_lets_another_launch(apart: Pair) -> None:
+    narrow(apart.a)
+    made = apart.play()
+    made.open()
+    other, request = another(made, apart.a, "Another."), os.urandom(16)
+    state = opened(other, request)
+    assert state.phase == "open" and apart.holder() is apart.b
+    assert len(apart.a.enclaves()) == len(apart.b.enclaves()) == 1
+    assert other.offer().offer.session == state.session
+    other.coordinator = apart.b
+    assert other.open(request).session == state.session
+    assert made.state().phase == "open"
+
+
+def test_crd_22_no_capacity_is_answered_when_none_has_a_place(apart: Pair) -> None:
+    narrow(apart.a, apart.b)
+    made = apart.play()
+    made.open()
+    second = another(made, apart.b, "Another.")
+    second.open()
+    third, request = another(made, apart.a, "A third one."), os.urandom(16)
+    with refused("no-capacity"):
+        third.open(request)
+    assert apart.one(select(func.count()).select_from(SessionRow).where(SessionRow.phase == "launching")) == 0
+    os.kill(apart.b.enclave_pid(), signal.SIGKILL)
+    second.wait("lost")
+    assert opened(third, request).phase == "open"
+    assert apart.holder() is apart.b
 
 
 def test_events_of_one_arrive_at_the_other_at_once(apart: Pair) -> None:

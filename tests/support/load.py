@@ -523,12 +523,13 @@ async def _watch(
         metadata = ((METADATA_KEY, caller(members[name], server)),)
         try:
             stub: Any = CoordinatorStub(channel)
-            async for event in stub.Watch(pb.WatchRequest(after=after), metadata=metadata):
-                if last[number] > after:
-                    found.waits.append(time.time() - event.at_ms / 1000)
-                found.disorder += event.number <= last[number]
-                last[number] = event.number
-                found.events += 1
+            async for message in stub.Watch(pb.WatchRequest(after=after, several=True), metadata=metadata):
+                for event in (message, *message.more):
+                    if last[number] > after:
+                        found.waits.append(time.time() - event.at_ms / 1000)
+                    found.disorder += event.number <= last[number]
+                    last[number] = event.number
+                    found.events += 1
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
             if not stopping:

@@ -242,19 +242,23 @@ class WatchRequest(_message.Message):
 
     AFTER_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
     after: _builtins.int
     """The number of the last event that the caller has seen; 0 for all."""
     session: _builtins.bytes
     """Empty: all sessions of all agreements of the caller."""
+    several: _builtins.bool
+    """The caller reads Event.more."""
     def __init__(
         self,
         *,
         after: _builtins.int = ...,
         session: _builtins.bytes = ...,
+        several: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "session", b"session", "several", b"several"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,6 +277,7 @@ class Event(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     AT_MS_FIELD_NUMBER: _builtins.int
     PERCENT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     agreement: _builtins.bytes
     session: _builtins.bytes
@@ -283,6 +288,10 @@ class Event(_message.Message):
     code: _builtins.str
     at_ms: _builtins.int
     percent: _builtins.int
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """The events after this one, in their order, for callers of WatchRequest.several."""
+
     def __init__(
         self,
         *,
@@ -295,10 +304,11 @@ class Event(_message.Message):
         code: _builtins.str = ...,
         at_ms: _builtins.int = ...,
         percent: _builtins.int = ...,
+        more: _abc.Iterable[Global___Event] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "at_ms", b"at_ms", "code", b"code", "kind", b"kind", "member", b"member", "number", b"number", "percent", b"percent", "session", b"session", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "at_ms", b"at_ms", "code", b"code", "kind", b"kind", "member", b"member", "more", b"more", "number", b"number", "percent", b"percent", "session", b"session", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -253,6 +253,53 @@ def test_kms_17_a_lost_session_takes_the_key_and_the_next_join_is_sent(stage: St
     assert len(stage.sent("countersignature")) == 1
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+def test_kms_17_a_refusal_takes_the_key_and_the_next_join_is_sent(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    opened = stage.wire.open()
+    join = stage.submit(opened)
+    stage.bea(opened)
+    opened.issue()
+    if arrives:
+        session_of(stage, "ada", opened).refuse()
+    else:
+
+        def away(*_: object) -> None:
+            raise UnavailableError("the coordinator does not answer")
+
+        monkeypatch.setattr(stage.wire, "refuse", away)
+        with pytest.raises(UnavailableError):
+            session_of(stage, "ada", opened).refuse()
+    assert not stage.members["ada"].state.has_roster_key(join.roster_key) and usable(stage, join)
+    # What the host makes of the refusal: nobody signs this roster any more, and the next one is signed.
+    opened.issue()
+    assert refusal(session_of(stage, "ada", opened).countersign).code == "roster"
+    assert not stage.sent("countersignature")
+    opened.phase, opened.roster = "open", None
+    opened.joins["ada"] = stage.kept()[-1]
+    opened.issue()
+    session_of(stage, "ada", opened).countersign()
+    assert len(stage.sent("countersignature")) == 1
+
+
+def test_kms_17_a_used_up_roster_signed_by_hand_says_what_to_do(stage: Stage) -> None:
+    first, second = stage.wire.open(), stage.wire.open()
+    join = stage.submit(first)
+    stage.bea(first)
+    second.joins = dict(first.joins)
+    for opened in (first, second):
+        opened.issue()
+    session_of(stage, "ada", first).countersign()
+    first.phase = "lost"
+    with pytest.raises(RefusedError, match="lost"):
+        session_of(stage, "ada", first).wait(timeout_s=0.1)
+    sent = len(stage.sent("kms-join"))
+    found = refusal(lambda: session_of(stage, "ada", second).countersign(by_hand=True))
+    assert found.code == "roster" and "countersign the roster after this one" in found.message
+    assert len(stage.sent("kms-join")) == sent + 1 and usable(stage, join)
+
+
 def test_kms_17_a_roster_with_an_altered_entry_is_no_roster_to_wait_for(stage: Stage) -> None:
     opened = stage.wire.open()
     stage.submit(opened)

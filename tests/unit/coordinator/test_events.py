@@ -10,6 +10,7 @@ from parley_coordinator import events
 from parley_coordinator import store as db
 from parley_coordinator.agreements import Parsed
 from parley_coordinator.events import Events, Happened, Tail
+from parley_protocol.v1.coordinator_pb2 import Event
 from support.desk import MEMBERS, NOW, STRANGER, Desk, key, make_agreement
 
 AGREEMENT = make_agreement()
@@ -17,7 +18,7 @@ SESSION, OTHER = b"s" * 16, b"o" * 16
 
 
 def numbers(tail: Tail, who: bytes, after: int, session: bytes = b"") -> list[int]:
-    return [row.number for row in tail.after(who, after, session)]
+    return [event.number for event in tail.after(who, after, session)]
 
 
 def filled(desk: Desk, count: int) -> list[Happened]:
@@ -61,6 +62,17 @@ def test_a_tail_forgets_and_says_from_where_on_it_knows(tmp_path: Path, monkeypa
     tail.add([])
     assert tail.last == happened[-1].row.number
     desk.store.close()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
+def test_crd_18_a_message_holds_one_event_or_several(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(events, "PAGE", 7)
+    told = [Event(number=number + 1, kind="joined", member="ann") for number in range(count)]
+    assert list(events.messages(told, several=False)) == told
+    found = list(events.messages(told, several=True))
+    assert [event.number for message in found for event in (message, *message.more)] == [one.number for one in told]
+    assert all(len(message.more) < 7 for message in found) and len(found) == -(-count // 7)
+    assert not any(one.more for one in told), "an event that others are told too was changed"
 
 
 def test_agreements_are_parsed_once_as_long_as_there_is_room() -> None:

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,27 @@ def test_enclaves_are_found_by_another_launcher(
     assert handle.agreement == FIRST
     assert handle.address == f"unix:{tmp_path / 'e' / handle.id / 'enclave.sock'}"
     assert LocalLauncher(Local(command, tmp_path / "e"), 2).find() == [handle]
+
+
+def test_nobody_finds_an_enclave_that_may_be_ended(
+    launcher: LocalLauncher, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """It is asked whether the enclave is used after all, and ended, while no coordinator looks."""
+    other = LocalLauncher(Local(command, tmp_path / "e"), 2)
+    handle = launcher.launch(wanted(FIRST))
+    launcher.stop(handle, unless=lambda: True)
+    assert launcher.find() == [handle]
+    looks: list[Future[list[EnclaveHandle]]] = []
+
+    def unless() -> bool:
+        looks.append(pool.submit(other.find))
+        done, _ = wait(looks, timeout=0.3)
+        assert not done, "it would find an enclave that is ended at once"
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        launcher.stop(handle, unless)
+        assert looks[0].result(60) == []
 
 
 def test_no_more_than_there_is_capacity_for(launcher: LocalLauncher) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,8 +185,13 @@ class Enclaves:
     def find(self) -> list[EnclaveHandle]:
         return list(self.running)
 
-    def stop(self, handle: EnclaveHandle) -> None:
-        self.running.remove(handle)
+    def stop(self, handle: EnclaveHandle, unless: Callable[[], bool] = lambda: False) -> None:
+        self.before_stop()
+        if not unless():
+            self.running.remove(handle)
+
+    def before_stop(self) -> None:
+        """What others do meanwhile."""
 
 
 def test_an_enclave_whose_session_was_given_up_elsewhere_is_ended(store: Clock) -> None:
@@ -210,6 +215,30 @@ def test_an_enclave_whose_session_was_given_up_elsewhere_is_ended(store: Clock) 
     assert launcher.running == [used], "it may just be about to be used"
     sessions._sweep()
     assert launcher.running == []
+
+
+def test_a_stray_that_another_coordinator_is_about_to_use_is_not_ended(store: Clock) -> None:
+    """It has noted its session after the sweep looked, and found the enclave before the sweep ended it."""
+    a, b = leases(store, "a"), leases(store, "b")
+    with store.read() as session:
+        agreement = session.get_one(SessionRow, 1).agreement
+    with store.write() as session:
+        session.get_one(SessionRow, 1).phase = "lost"
+    stray = EnclaveHandle("e", agreement, "unix:e")
+    launcher = Enclaves(stray)
+    nothing = cast("Any", None)
+    sessions = Sessions(live.World(store, nothing, cast("Any", launcher), nothing, lambda: NOW, a))
+    sessions._sweep()
+
+    def opened() -> None:
+        with store.write() as session:
+            row = session.get_one(SessionRow, 1)
+            row.phase, row.enclave = "launching", ""
+        b.take(1, first=False)
+
+    launcher.before_stop = opened  # type: ignore[method-assign]
+    sessions._sweep()
+    assert launcher.running == [stray]
 
 
 def test_an_enclave_that_is_being_started_is_not_ended(store: Clock) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_the_address_is_a_vsock_of_the_enclaves_cid(machine: Machine) -> None:
 def test_enclaves_are_found_by_another_coordinator(machine: Machine) -> None:
     handles = [machine.launcher().launch(machine.wanted(digest)) for digest in (FIRST, SECOND)]
     assert sorted(machine.launcher().find(), key=lambda handle: handle.agreement) == handles
+
+
+def test_nobody_finds_an_enclave_that_may_be_ended(machine: Machine) -> None:
+    """It is asked whether the enclave is used after all, and ended, while no coordinator looks."""
+    launcher, other = machine.launcher(), machine.launcher()
+    handle = launcher.launch(machine.wanted())
+    launcher.stop(handle, unless=lambda: True)
+    assert launcher.find() == [handle]
+    looks: list[Future[list[EnclaveHandle]]] = []
+
+    def unless() -> bool:
+        looks.append(pool.submit(other.find))
+        done, _ = wait(looks, timeout=0.3)
+        assert not done, "it would find an enclave that is ended at once"
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        launcher.stop(handle, unless)
+        assert looks[0].result(60) == []
 
 
 def test_what_others_started_is_never_ended(machine: Machine) -> None:

@@ -177,7 +177,7 @@ def test_generations_that_begin_before_the_first_sync_share_no_part_numbers(buck
 
 
 def test_a_writer_does_not_go_beyond_the_numbers_that_are_reserved(bucket: Bucket) -> None:
-    size = 1 << 40
+    size = 8000 * 5 * MIB
     part = bucket.part_bytes(size)
     bucket.part_bytes = lambda size: 5 * MIB  # type: ignore[method-assign]
     assert part > 5 * MIB
@@ -192,6 +192,84 @@ def test_a_writer_does_not_go_beyond_the_numbers_that_are_reserved(bucket: Bucke
     sent = s3.Progress.load(state).floor + s3.GAP
     assert max(bucket.parts(bucket._key(NAME), s3.Progress.load(state).upload)) == sent - 1
     bucket.delete(NAME, state)
+
+
+PART = 64 << 10
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, config: S3) -> S3:
+    """A store of small things: parts from 64 KiB on, 120 of an upload at most, and 192 KiB of it are copied at a time."""
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", PART)
+    monkeypatch.setattr(s3, "LEAST_PART", PART)
+    monkeypatch.setattr(s3, "PARTS", 120)
+    monkeypatch.setattr(s3, "AIM_PARTS", 40)
+    monkeypatch.setattr(s3, "COPIED", 3 * PART)
+    monkeypatch.setattr(s3, "COPIED_PARTS", 1)
+    return replace(config, part_bytes=PART)
+
+
+def test_an_upload_outlives_any_number_of_interruptions(small: S3) -> None:
+    """A coordinator that is killed tells nothing more: its part numbers are used up. One part in ten times gets through."""
+    size = 21 * PART + 7
+    data = random.Random(1).randbytes(size)
+    bucket = Bucket(small)
+    requests = Requests(bucket)
+    stored, state, kills = 0, "", 0
+    while stored < size:
+        reserved = bucket.reserve(state)
+        writer = bucket.writer(NAME, stored, size, state)
+        assert writer.position == stored
+        state = reserved
+        writer.write(data[stored : stored + PART])
+        if kills % 10 == 9:
+            stored, state = writer.sync(whole=False), writer.state
+        writer.close()
+        kills += 1
+        assert kills < 500
+    assert kills >= 200 and requests.names().count("UploadPartCopy") > 20
+    assert whole(bucket, size) == data
+    assert objects(bucket, small) == [NAME]
+    bucket.close()
+
+
+@pytest.mark.parametrize("operation", ["CreateMultipartUpload", "UploadPartCopy"])
+@pytest.mark.parametrize("tail", [0, PART // 2])
+def test_killed_while_an_upload_goes_on_as_another_one(small: S3, operation: str, tail: int) -> None:
+    bucket = Bucket(small)
+    size = 14 * PART
+    data = os.urandom(size)
+    first = bucket.writer(NAME, 0, size)
+    first.write(data[: 8 * PART + tail])
+    stored, state = first.sync(), first.state
+    assert stored == 8 * PART + tail
+    state = replace(s3.Progress.load(state), floor=s3.PARTS - s3.GAP).dump()
+    failing(bucket, operation, s3.ATTEMPTS)
+    with pytest.raises(UnavailableError):
+        bucket.writer(NAME, stored, size, state)
+    late = bucket.writer(NAME, stored, size, state)
+    again = bucket.writer(NAME, stored, size, state)
+    again.write(data[stored : 10 * PART])
+    stored, state = again.sync(), again.state
+    late.write(os.urandom(3 * PART))
+    last = bucket.writer(NAME, stored, size, state)
+    last.write(data[stored:])
+    assert last.sync() == size
+    assert whole(bucket, size) == data
+    assert objects(bucket, small) == [NAME]
+    bucket.close()
+
+
+def test_an_upload_of_which_nothing_is_stored_begins_anew(small: S3) -> None:
+    bucket = Bucket(small)
+    size = 6 * PART
+    data = os.urandom(size)
+    state = s3.Progress(bucket.begin(bucket._key(NAME)), floor=s3.PARTS).dump()
+    writer = bucket.writer(NAME, 0, size, state)
+    writer.write(data)
+    assert writer.sync() == size
+    assert whole(bucket, size) == data
+    bucket.close()
 
 
 def test_a_part_that_failed_keeps_its_number(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

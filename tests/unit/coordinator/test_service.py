@@ -240,6 +240,14 @@ def test_crd_18_watching_sees_what_happens_and_goes_on_after_a_number(coordinato
         list(ann.call("Watch", pb.WatchRequest(session=bytes(16))))
 
 
+def test_crd_18_who_asks_for_several_events_in_a_message_sees_the_same(coordinator: Coordinator, ann: Client) -> None:
+    single = ann.events()
+    assert len(single) > 1 and not any(event.more for event in single)
+    first = next(ann.call("Watch", pb.WatchRequest(several=True)))
+    assert [first.number, *(event.number for event in first.more)] == [event.number for event in single]
+    assert list(first.more) == single[1:]
+
+
 def test_crd_18_many_watch_and_others_still_get_answers(coordinator: Coordinator, ann: Client) -> None:
     streams = [ann.call("Watch", pb.WatchRequest()) for _ in range(30)]
     for stream in streams:
