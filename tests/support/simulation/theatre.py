@@ -44,6 +44,8 @@ IDLE_S: Final = 3.0
 """A step whose calls do not come is taken anyway."""
 PATIENCE_S: Final = 150.0
 """How long a play may take to its end when nothing goes wrong any more."""
+GLANCE_S: Final = 0.3
+"""How often it is looked at who serves which session, beside the checks after steps."""
 Versions = tuple[int, ...]
 
 
@@ -217,6 +219,7 @@ class Theatre:
         self._options: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
         self._later: list[_Later] = []
         self._lock = threading.Lock()
+        self._glance_at = 0.0
         self.changed: set[str] = set()
         self.forked = False
         self._ended = False
@@ -463,6 +466,9 @@ class Theatre:
 
     def _tend(self) -> None:
         now = time.monotonic()
+        if self.shared is not None and now >= self._glance_at:
+            self._glance_at = now + GLANCE_S
+            self.invariants.glance()
         with self._lock:
             due = [later for later in self._later if later.at <= now]
             self._later = [later for later in self._later if later.at > now]
