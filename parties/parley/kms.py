@@ -165,7 +165,8 @@ def _said(arn: str) -> Iterator[None]:
     except ClientError as error:
         found = error.response.get("Error", {})
         code, text = found.get("Code", "?"), found.get("Message", "")
-        if code in _LATER:
+        # A balancer in front of KMS has no code of KMS.
+        if code in _LATER or error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500:
             raise UnavailableError(f"{arn}: KMS cannot answer now: {code}") from None
         raise StateError(f"{arn}: KMS refuses: {code}: {text}".removesuffix(": ")) from None
     except (AwsConnectionError, HTTPClientError) as error:

@@ -22,13 +22,15 @@ from support.simulation.moments import (
     Moment,
 )
 from support.simulation.plan import KMS_PARTY, World
-from support.simulation.theatre import Stage, Stages, Theatre
+from support.simulation.theatre import PATIENCE_S, Stage, Stages, Theatre
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ALL = int(os.environ.get("PARLEY_FAULTS", "8")) >= 30
 
 
+EACH_S = 20.0
+"""What a kill may add: an enclave starts again, and the members join it."""
 PLAIN, KMS, PAIR = World(), World(kms=True), World("pair")
 
 
@@ -55,7 +57,7 @@ def killed(stage: Stage, folder: Path, target: str, moments: Sequence[Moment], w
         with Theatre(stage, folder / str(len(left)), world, patience_s=30.0) as theatre:
             killer = Killer(theatre, target, left)
             theatre.begin()
-            theatre.finish()
+            theatre.finish(patience_s=PATIENCE_S + EACH_S * len(left))
             assert set(killer.nobody) <= gone
             assert len(killer.missed) < len(left), f"{left[0]} did not come"
             left = killer.missed

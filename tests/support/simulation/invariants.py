@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -318,6 +319,11 @@ class Invariants:
         with self._lock:
             if self._problems:
                 raise BrokenError(f"{self._problems[0]} ({when})")
+
+    def glance(self) -> None:
+        """Whose sessions are, between two checks: what is wrong is told by the next one."""
+        with suppress(OSError), self._lock:  # the database may be down
+            self._problems += [f"leases: {problem}" for problem in self._check_leases()]
 
     def _twice(self, holds: Callable[[], Iterator[str]]) -> list[str]:
         # Files are looked at while they change: what is only half done is done a moment later.

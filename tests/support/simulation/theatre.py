@@ -42,8 +42,10 @@ VERSIONS: Final = 2
 """Of each party's file; all of them stand sealed in its spool, so that equal inputs make equal records in all plays."""
 IDLE_S: Final = 3.0
 """A step whose calls do not come is taken anyway."""
-PATIENCE_S: Final = 90.0
+PATIENCE_S: Final = 150.0
 """How long a play may take to its end when nothing goes wrong any more."""
+GLANCE_S: Final = 0.3
+"""How often it is looked at who serves which session, beside the checks after steps."""
 Versions = tuple[int, ...]
 
 
@@ -217,6 +219,7 @@ class Theatre:
         self._options: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
         self._later: list[_Later] = []
         self._lock = threading.Lock()
+        self._glance_at = 0.0
         self.changed: set[str] = set()
         self.forked = False
         self._ended = False
@@ -418,9 +421,9 @@ class Theatre:
         for name in NAMES:
             self.start_member(name)
 
-    def finish(self, *, calm: bool = False) -> None:
+    def finish(self, *, calm: bool = False, patience_s: float = PATIENCE_S) -> None:
         """Nothing more goes wrong than what stands already: all members must get to their end. `calm`: nothing went wrong."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + patience_s
         while not self.over:
             self._tend()
             for name in NAMES:
@@ -437,7 +440,7 @@ class Theatre:
                 self.invariants.check("at the end")
                 waiting = {name: self.log(name)[-3:] for name in NAMES if not self.done(name)}
                 phases = self.node.rows("SELECT number, phase, code FROM sessions")
-                raise AssertionError(f"ends: no release within {PATIENCE_S:.0f} s: {waiting}; sessions {phases}")
+                raise AssertionError(f"ends: no release within {patience_s:.0f} s: {waiting}; sessions {phases}")
             time.sleep(0.05)
         missed = [str(rule) for rule in self.calls.rules if not rule.struck]
         missed += [str(rule) for rule in self.links.rules if not rule.struck]
@@ -463,6 +466,9 @@ class Theatre:
 
     def _tend(self) -> None:
         now = time.monotonic()
+        if self.shared is not None and now >= self._glance_at:
+            self._glance_at = now + GLANCE_S
+            self.invariants.glance()
         with self._lock:
             due = [later for later in self._later if later.at <= now]
             self._later = [later for later in self._later if later.at > now]

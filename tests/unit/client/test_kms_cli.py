@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.config import Config
 
 from parley import kms as key_module
 from parley.cli.exits import Exit
@@ -17,6 +18,7 @@ from parley_deploy.demo import DEMOS
 from parley_protocol.errors import StateError, UnavailableError
 from support.command_line import Parley, agreement_folder
 from support.emulated_kms import ADMIN, COORDINATOR, OTHER, SEALER, Kms, allow, refused
+from support.simulation.front import Front, FrontRule
 
 WHO = ("--coordinator-role", COORDINATOR, "--admin", ADMIN, "--sealer", SEALER)
 
@@ -189,3 +191,19 @@ def test_errors_of_aws_are_our_own(kms: Kms, monkeypatch: pytest.MonkeyPatch, as
         Key.connect(arn).grants()
     with refused("NotFoundException"):
         kms.client().describe_key(KeyId=arn[:-4] + "0000")
+
+
+@pytest.mark.parametrize("fault", ["throttled", "failed", "bare"])
+def test_a_kms_that_cannot_answer_now_is_away_whoever_says_so(kms: Kms, fault: str) -> None:
+    """KMS itself, or a balancer in front of it that knows no code of KMS."""
+    arn = kms.key()
+    front = Front("kms", lambda: kms.url)
+    try:
+        once = Config(retries={"total_max_attempts": 1})
+        key = Key(arn, kms.session().client("kms", endpoint_url=front.url, config=once))
+        front.arm(FrontRule(fault))
+        with pytest.raises(UnavailableError, match="KMS cannot answer now"):
+            key.policy()
+        assert key.policy()["Version"] == "2012-10-17"
+    finally:
+        front.close()
