@@ -124,7 +124,6 @@ class Killer:
     def __init__(self, theatre: Theatre, target: str, moments: Sequence[Moment]) -> None:
         self.theatre = theatre
         self.target = target
-        self.met: list[str] = []
         self.nobody: list[str] = []
         """Moments at which there was no such process any more."""
         self._left = list(moments)
@@ -146,8 +145,12 @@ class Killer:
                 # The next one first: it may come while this one's process starts again.
                 self._left.pop(0)
                 self._next()
-                self.met.append(str(moment))
-                if not self._kill():
+                if self._kill():
+                    return
+                if self.target == "node":
+                    # Both are away, and a call found none: it is tried again.
+                    self._left.append(moment)
+                else:
                     self.nobody.append(str(moment))
 
         if moment.wire == "calls":
