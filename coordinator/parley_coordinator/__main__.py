@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "restore-record", help="take releases that a restored database lacks back from bundles that somebody has kept"
     )
     back.add_argument("bundle", type=Path, nargs="+", help="file that `parley fetch` wrote")
+    back.add_argument(
+        "--replace-outputs",
+        action="store_true",
+        help="store the sealed outputs of the bundles also where there are some: for those that their recipients cannot open",
+    )
     _place(back)
     back.set_defaults(run=_restore_record)
     return parser
@@ -170,12 +175,14 @@ def _restore_record(options: argparse.Namespace) -> int:
     data = [_bundle(path) for path in options.bundle]
     store, blobs = Store(config.database), server.blobs_of(config)
     try:
-        found = recovery.restore(store, blobs, now_ms, data)
+        found = recovery.restore(store, blobs, now_ms, data, replace_outputs=options.replace_outputs)
     finally:
         store.close()
         blobs.close()
     for item in found:
         said = "restored" if item.new else "was here"
+        if item.new != item.outputs:
+            said += ", its outputs stored" if item.outputs else ", its outputs were here"
         _print(f"{item.session.hex()}  record {item.sequence} of series {item.series.hex()[:16]}  {said}")
     return 0
 

@@ -1,7 +1,8 @@
 """Records that a restored database lacks, taken back from bundles that somebody has kept (crd-24).
 
-Clients refuse a chain that stops before what they have seen. The bundle of a release proves itself: it is verified as any
-reader does, offline, and must follow the chain that is here. So nobody has to be trusted who brings one.
+Clients refuse a chain that stops before what they have seen. The bundle of a release proves its record: it is verified as
+any reader does, offline, and must follow the chain that is here, so nobody has to be trusted for that who brings one. Of the
+sealed outputs it proves nothing, which only their recipients can open: so those that are here stay.
 """
 
 from __future__ import annotations
@@ -27,25 +28,32 @@ from parley_coordinator.models import (
     SessionRow,
 )
 from parley_coordinator.store import Store
+from parley_protocol import limits
 from parley_protocol.bundle import VerifiedBundle, verify_bundle
 from parley_protocol.chain import verify_chain
 from parley_protocol.cose import payload_unverified
-from parley_protocol.errors import RefusedError
+from parley_protocol.errors import MalformedError, RefusedError, VerificationError
 from parley_protocol.transcript import Countersignature
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What has become of one bundle: its session, its number in the chain, and whether it was `new` here."""
+    """What has become of one bundle: the session that has its record here, the number in the chain, whether the record was
+    `new` here, and whether the sealed `outputs` of the bundle were stored."""
 
     series: bytes
     session: bytes
     sequence: int
     new: bool
+    outputs: bool
 
 
-def restore(store: Store, blobs: BlobStore, clock: Clock, bundles: Sequence[bytes]) -> list[Restored]:
+def restore(
+    store: Store, blobs: BlobStore, clock: Clock, bundles: Sequence[bytes], *, replace_outputs: bool = False
+) -> list[Restored]:
     """Takes back the records and the sealed outputs of bundles, in the order of their chains; again without effect.
+
+    A whole bundle of the same record that is in the store stays there, unless `replace_outputs`.
 
     VerificationError or MalformedError for what is no good bundle. RefusedError: "unknown-agreement" or "agreement" where
     its agreement is not here, signed by all; "conflict" where the store has another record with its number; "head" where
@@ -54,40 +62,56 @@ def restore(store: Store, blobs: BlobStore, clock: Clock, bundles: Sequence[byte
     """
     found = [verify_bundle(data, now_ms=clock()) for data in bundles]
     found.sort(key=lambda verified: (verified.agreement.series, verified.record.record.body.sequence))
-    return [_restore(store, blobs, clock, verified) for verified in found]
+    return [_restore(store, blobs, clock, verified, replace_outputs) for verified in found]
 
 
-def _restore(store: Store, blobs: BlobStore, clock: Clock, verified: VerifiedBundle) -> Restored:
+def _restore(store: Store, blobs: BlobStore, clock: Clock, verified: VerifiedBundle, replace_outputs: bool) -> Restored:
     identifier = verified.record.record.session
     # Who opened the bundle for others to read did so outside: the store keeps ciphertext alone.
     data = replace(verified.bundle, opened=()).to_bytes()
+    series, sequence = verified.agreement.series, verified.record.record.body.sequence
     with store.read() as session:
-        new = _check(session, verified, clock())
-        named = not new and session.get(BundleRow, _row(session, identifier).number) is not None
-    if new or (named and not _is_there(blobs, identifier)):
-        # As after a release: the blob first, so that nothing which a row names is missing.
-        blobs.put(bundle_name(identifier), [data])
-    if new:
-        with store.write() as session:
-            if _check(session, verified, clock()):
-                _add(session, verified, len(data), clock())
-    return Restored(verified.agreement.series, identifier, verified.record.record.body.sequence, new)
+        holder = _check(session, verified, clock())
+        if holder is not None and _row(session, identifier) is None:
+            return Restored(series, holder, sequence, new=False, outputs=False)
+    kept = None if replace_outputs else _size(blobs, verified, clock())
+    # As after a release: the blob first, so that nothing which a row names is missing.
+    size = blobs.put(bundle_name(identifier), [data]) if kept is None else kept
+    with store.write() as session:
+        holder = _check(session, verified, clock())
+        if holder is None:
+            _add(session, verified, size, clock())
+        elif (row := _row(session, identifier)) is not None:
+            row.size = size
+    return Restored(series, holder or identifier, sequence, new=holder is None, outputs=kept is None)
 
 
-def _is_there(blobs: BlobStore, identifier: bytes) -> bool:
+def _size(blobs: BlobStore, verified: VerifiedBundle, now_ms: int) -> int | None:
+    """Bytes of the bundle that the store has of the same record; None where there is none, or a damaged one."""
     try:
-        blobs.reader(bundle_name(identifier)).close()
+        reader = blobs.reader(bundle_name(verified.record.record.session))
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    try:
+        data = reader.read(0, min(reader.size, limits.BUNDLE_BYTES + 1))
+    finally:
+        reader.close()
+    try:
+        there = verify_bundle(data, now_ms=now_ms)
+    except (MalformedError, VerificationError):
+        return None
+    return len(data) if there.record.record == verified.record.record else None
 
 
-def _row(session: Session, identifier: bytes) -> SessionRow:
-    return session.scalars(select(SessionRow).where(SessionRow.session == identifier)).one()
+def _row(session: Session, identifier: bytes) -> BundleRow | None:
+    """The bundle of a session, unless it was deleted in its time."""
+    query = select(BundleRow).join(SessionRow, SessionRow.number == BundleRow.number)
+    return session.scalar(query.where(SessionRow.session == identifier))
 
 
-def _check(session: Session, verified: VerifiedBundle, now_ms: int) -> bool:
-    """Whether the record is the next one of its chain here; False where it is here already."""
+def _check(session: Session, verified: VerifiedBundle, now_ms: int) -> bytes | None:
+    """None where the record is the next one of its chain here; where it is here already, the session that has it, which
+    may be another one that repeated the computation."""
     record, body = verified.record.record, verified.record.record.body
     agreement = session.get(AgreementRow, body.agreement)
     if agreement is None:
@@ -96,8 +120,8 @@ def _check(session: Session, verified: VerifiedBundle, now_ms: int) -> bool:
         raise RefusedError("agreement", "the agreement of this release is not signed by all here: its members do first")
     rows = db.records(session, agreement.series)
     same = next((row for row in rows if row.sequence == body.sequence), None)
-    if same is not None and same.head == record.head and _session_of(session, same) == record.session:
-        return False
+    if same is not None and same.head == record.head:
+        return session.get_one(SessionRow, same.number).session
     if same is not None:
         raise RefusedError(
             "conflict", f"the store has another record {body.sequence} of this series: the chain is forked"
@@ -113,11 +137,7 @@ def _check(session: Session, verified: VerifiedBundle, now_ms: int) -> bool:
     live = db.live_session(session, agreement.series)
     if live is not None and live.phase not in ("launching", "open"):
         raise RefusedError("busy", f"a session of this series is {live.phase}: start the coordinator, and let it end")
-    return True
-
-
-def _session_of(session: Session, record: RecordRow) -> bytes | None:
-    return session.get_one(SessionRow, record.number).session
+    return None
 
 
 def _add(session: Session, verified: VerifiedBundle, size: int, now_ms: int) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def test_crd_24_a_series_whose_release_was_restored_goes_on_and_charges_none_twi
     said = three.coordinator.run_command(*arguments)
     assert said.split()[0] == second.id.hex() and said.endswith("restored\n") and "record 2 " in said
     assert three.coordinator.run_command(*arguments).endswith("was here\n")
+    # Whoever brings the same record with outputs that are none spoils nothing, and the operator may say which are to be stored.
+    bundle = Bundle.from_bytes(kept.read_bytes())
+    zeros = tuple(replace(item, sealed=bytes(len(item.sealed))) for item in bundle.sealed)
+    spoiled = three.folder / "spoiled.bundle"
+    spoiled.write_bytes(replace(bundle, sealed=zeros).to_bytes())
+    brought = ("restore-record", str(spoiled), "--dir", str(three.coordinator.folder))
+    assert three.coordinator.run_command(*brought).endswith("was here\n")
+    assert three.coordinator.run_command(*brought, "--replace-outputs").endswith("was here, its outputs stored\n")
+    with pytest.raises(VerificationError) as unopened:
+        three.connect("bob").session(second.id).release()
+    assert unopened.value.code == "key"
+    assert three.coordinator.run_command(*arguments, "--replace-outputs").endswith("was here, its outputs stored\n")
     status = three.connect("ann").session(stuck.id).status()
     assert (status.phase, status.code) == ("lost", "head")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from parley import Member, Release
 from parley_coordinator import recovery
 from parley_coordinator import store as db
 from parley_coordinator.agreements import Agreements
@@ -27,8 +28,10 @@ from parley_coordinator.models import (
 )
 from parley_coordinator.releases import Releases
 from parley_coordinator.store import Store
-from parley_protocol.bundle import Bundle, verify_bundle
+from parley_protocol import hpke
+from parley_protocol.bundle import Bundle, BundledOutput, verify_bundle
 from parley_protocol.errors import MalformedError, RefusedError, VerificationError
+from parley_protocol.transcript import SealedOutput, output_info
 from support.world import NOW, World, release, signed, world
 
 LATER = NOW + 3_600_000
@@ -64,8 +67,23 @@ class Restored:
 
     def restore(self, *worlds: World) -> list[tuple[int, bool]]:
         """Takes back releases: (number, whether it was new)."""
-        bundles = [w.bundle.to_bytes() for w in worlds]
-        return [(one.sequence, one.new) for one in recovery.restore(self.store, self.blobs, lambda: LATER, bundles)]
+        found = self.bring(*(w.bundle for w in worlds))
+        return [(one.sequence, one.new) for one in found]
+
+    def bring(self, *bundles: Bundle, replace_outputs: bool = False) -> list[recovery.Restored]:
+        """Takes back releases from bundles."""
+        data = [bundle.to_bytes() for bundle in bundles]
+        return recovery.restore(self.store, self.blobs, lambda: LATER, data, replace_outputs=replace_outputs)
+
+    def stored(self) -> Bundle:
+        """The first release as a member fetches it, to the last byte that the coordinator promises."""
+        w = self.first
+        releases = Releases(self.store, self.blobs, lambda: LATER)
+        opened = releases.bundle(w.members["cyd"].public.signing, w.paper.offer.session)
+        data = opened.reader.read(0, opened.reader.size)
+        opened.reader.close()
+        assert len(data) == opened.size
+        return Bundle.from_bytes(data)
 
     def chain(self) -> list[int]:
         """The numbers of the records that are here."""
@@ -159,14 +177,31 @@ def test_crd_24_another_record_with_the_number_stays_what_it_is(here: Restored) 
     fork = release(w.agreement, w.root, w.members, charged=2)
     assert here.restore(w) == [(1, True)]
     assert "another record 1" in refusal(lambda: here.restore(fork), "conflict")
-    # The same body, and so the same head, in another session is another release too: it would be charged once and told twice.
-    again = release(w.agreement, w.root, w.members)
-    assert "another record 1" in refusal(lambda: here.restore(again), "conflict")
     # Nor does the other branch go on here.
     with pytest.raises(VerificationError) as caught:
         here.restore(here.after(fork))
     assert caught.value.step == "chn-2"
     assert here.chain() == [1]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_crd_24_the_same_computation_in_another_session_is_no_fork(here: Restored, known: bool) -> None:
+    w = here.first
+    # Members who had not seen the lost release ran again with the same uploads: the same body, and so the same head.
+    again = release(w.agreement, w.root, w.members)
+    assert again.record.head == w.record.head
+    assert here.restore(w) == [(1, True)]
+    if known:
+        here.add("lost", again.paper.offer.session)
+    for replaced in (False, True):
+        [found] = here.bring(again.bundle, replace_outputs=replaced)
+        assert (found.sequence, found.new, found.outputs, found.session) == (1, False, False, w.paper.offer.session)
+    assert here.chain() == [1]
+    assert here.stored() == replace(w.bundle, opened=())
+    with pytest.raises(FileNotFoundError):
+        here.blobs.reader(bundle_name(again.paper.offer.session))
+    # Both branches are one chain, which goes on.
+    assert here.restore(here.after(again)) == [(2, True)]
 
 
 def test_crd_24_none_is_left_out(here: Restored) -> None:
@@ -233,3 +268,71 @@ def test_a_bundle_whose_blob_is_gone_is_put_again_and_one_that_was_deleted_is_no
     assert here.restore(w) == [(1, False)]
     with pytest.raises(FileNotFoundError):
         here.blobs.reader(name)
+
+
+def spoiled(w: World, *, anew: bool = False) -> Bundle:
+    """The bundle with outputs that are none: zeros, or what anybody can seal `anew` to the recipients."""
+
+    def other(item: BundledOutput) -> bytes:
+        if not anew:
+            return bytes(len(item.sealed) - 9)
+        inner = SealedOutput.of(bytes(32), b"made up", 9)
+        info = output_info(w.record.head, item.output, item.recipient)
+        return hpke.seal(w.agreement.members[item.recipient].sealing, inner.to_bytes(), info)
+
+    return replace(w.bundle, opened=(), sealed=tuple(replace(item, sealed=other(item)) for item in w.bundle.sealed))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_crd_24_spoiled_outputs_take_no_place_of_good_ones(here: Restored, named: bool, anew: bool) -> None:
+    w = here.first
+    good = replace(w.bundle, opened=())
+    if named:
+        here.restore(w)
+    else:
+        # The database was lost, the blobs were not.
+        here.blobs.put(bundle_name(w.paper.offer.session), [good.to_bytes()])
+    [found] = here.bring(spoiled(w, anew=anew))
+    assert (found.new, found.outputs) == (not named, False)
+    assert here.stored() == good
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_crd_24_spoiled_outputs_are_noticed_by_recipients_and_replaced_on_wish(
+    here: Restored, tmp_path: Path, anew: bool
+) -> None:
+    w = here.first
+    good, bad = replace(w.bundle, opened=()), spoiled(w, anew=anew)
+    cyd = Member(tmp_path / "cyd.key", w.members["cyd"])
+    [found] = here.bring(bad)
+    assert (found.new, found.outputs) == (True, True)
+    with pytest.raises(VerificationError) as caught:
+        Release.read(here.stored().to_bytes(), cyd, at_ms=LATER)
+    assert caught.value.step == ("bun-9" if anew else "idn-4")
+    # Which of two is the good one nobody can tell but a recipient: the operator says which it is to be.
+    [found] = here.bring(good)
+    assert (found.new, found.outputs) == (False, False)
+    assert here.stored() == bad
+    [found] = here.bring(good, replace_outputs=True)
+    assert (found.new, found.outputs) == (False, True)
+    assert here.stored() == good
+    assert set(Release.read(here.stored().to_bytes(), cyd, at_ms=LATER).outputs) == {"by_site"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "empty", "another", "gone"])
+def test_crd_24_outputs_that_are_damaged_are_stored_again(here: Restored, damage: str, named: bool) -> None:
+    w = here.first
+    good = replace(w.bundle, opened=())
+    name = bundle_name(w.paper.offer.session)
+    if named:
+        here.bring(spoiled(w))
+    if damage == "gone":
+        here.blobs.delete(name)
+    else:
+        left = {"cut": good.to_bytes()[:-9], "empty": b"", "another": here.after(w).bundle.to_bytes()}
+        here.blobs.put(name, [left[damage]])
+    [found] = here.bring(good)
+    assert (found.new, found.outputs) == (not named, True)
+    assert here.stored() == good
