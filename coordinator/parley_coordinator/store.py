@@ -49,7 +49,9 @@ IDLE_S: Final = 5
 """How long PostgreSQL waits for the next statement of a transaction: one whose coordinator was stopped holds up all others."""
 CONNECT_S: Final = 5
 APPLICATION: Final = "parley-coordinator"
-"""How PostgreSQL tells the connections of coordinators from others."""
+"""How PostgreSQL tells the connections of those that use the tables from others."""
+VISITOR: Final = "parley-coordinator-visitor"
+"""What `migrate` and `doctor` are called there: they hold up nobody who changes the tables."""
 RETRY_MS: Final = 2000
 """When to ask again, where the database did not answer."""
 ATTEMPTS: Final = 5
@@ -201,8 +203,8 @@ def parse(url: str) -> URL:
     return parsed
 
 
-def engine_of(url: URL) -> Engine:
-    """An engine whose transactions begin as the store needs it."""
+def engine_of(url: URL, application: str = APPLICATION) -> Engine:
+    """An engine whose transactions begin as the store needs it, and whose connections have a name that no URL changes."""
     if url.get_backend_name() == "sqlite":
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,6 @@ def engine_of(url: URL) -> Engine:
         return engine
     arguments = {
         "connect_timeout": CONNECT_S,
-        "application_name": APPLICATION,
         # A database that vanished without a word is noticed within seconds.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -223,7 +224,7 @@ def engine_of(url: URL) -> Engine:
     }
     engine = create_engine(
         url,
-        connect_args={**arguments, **url.query},
+        connect_args={**arguments, **url.query, "application_name": application},
         pool_size=CONNECTIONS,
         max_overflow=CONNECTIONS,
         pool_timeout=BUSY_S,
