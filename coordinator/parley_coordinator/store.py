@@ -98,6 +98,8 @@ class Store:
         except BaseException:
             self._engine.dispose()
             raise
+        if not self.sqlite:
+            event.listen(self._engine, "connect", _known)
 
     def _check(self) -> None:
         with translated(), self._writer.begin() as connection:
@@ -254,6 +256,16 @@ def _settings(connection: Any, _record: object) -> None:
     connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_S}s'")
     connection.execute("SET synchronous_commit = on")
     connection.commit()
+
+
+def _known(connection: Any, _record: object) -> None:
+    # While all its connections were lost, as in a failover, `migrate` may have seen nobody.
+    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    connection.commit()
+    if found != (REVISION,):
+        connection.close()
+        log.warning("store-away", error="revision", state=found[0] if found else "")
+        raise UnavailableError("the database has other tables than this program knows", retry_after_ms=RETRY_MS)
 
 
 def _lock(connection: Connection) -> None:

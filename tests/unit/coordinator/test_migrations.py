@@ -18,6 +18,7 @@ from parley_coordinator.__main__ import main
 from parley_coordinator.config import ConfigError
 from parley_coordinator.models import REVISION, Base, Operator, SchemaVersion, SessionRow, UploadRow
 from parley_coordinator.store import Store
+from parley_protocol.errors import UnavailableError
 from support.enclave import until
 from support.postgres import Cluster
 
@@ -239,6 +240,25 @@ def test_no_url_hides_a_coordinator(cluster: Cluster) -> None:
     alter(url, f"UPDATE alembic_version SET version_num = '{migrations.steps()[-2]}'")
     with pytest.raises(ConfigError, match="connections of coordinators use them: stop all of these first"):
         migrations.migrate(url)
+    store.close()
+
+
+def test_who_was_cut_off_while_tables_were_changed_does_not_go_on(cluster: Cluster) -> None:
+    """A coordinator counts for nothing between its connections; what it finds when it is back it need not know."""
+    url = cluster.migrated()
+    store = Store(url)
+    store.on_event(lambda: None)
+    here = f"FROM pg_stat_activity WHERE datname = '{db.parse(url).database}'"
+    alter(url, "UPDATE alembic_version SET version_num = '9999'")
+    ended = {pid for pid, _ in cluster.execute(f"SELECT pid, pg_terminate_backend(pid) {here}")}
+    until(lambda: not ended & {pid for (pid,) in cluster.execute(f"SELECT pid {here}")})
+    for transaction in (store.read, store.write):
+        with pytest.raises(UnavailableError, match="other tables than this program knows"), transaction() as session:
+            session.query(Operator).all()
+    until(lambda: cluster.execute(f"SELECT count(*) {here}") == [(0,)])
+    alter(url, f"UPDATE alembic_version SET version_num = '{REVISION}'")
+    with store.write() as session:
+        session.add(Operator(key=b"k", label="", added_ms=0))
     store.close()
 
 
