@@ -32,7 +32,7 @@ def database(config: Config) -> Check:
         return _sqlite(Path(config.database.removeprefix(_SQLITE)))
     engine = None
     try:
-        engine = db.engine_of(db.parse(config.database))
+        engine = db.engine_of(db.parse(config.database), db.VISITOR)
         with engine.connect() as opened:
             found = db.revision(opened)
             version = int(opened.execute(text("SHOW server_version_num")).scalar_one())
@@ -64,7 +64,7 @@ def rows(config: Config, query: str) -> Sequence[Sequence[Any]]:
     if config.database.startswith(_SQLITE):
         with closing(_opened(Path(config.database.removeprefix(_SQLITE)))) as connection:
             return connection.execute(query).fetchall()
-    engine = db.engine_of(db.parse(config.database))
+    engine = db.engine_of(db.parse(config.database), db.VISITOR)
     try:
         with engine.connect() as opened:
             return [tuple(row) for row in opened.execute(text(query)).all()]

@@ -49,7 +49,9 @@ IDLE_S: Final = 5
 """How long PostgreSQL waits for the next statement of a transaction: one whose coordinator was stopped holds up all others."""
 CONNECT_S: Final = 5
 APPLICATION: Final = "parley-coordinator"
-"""How PostgreSQL tells the connections of coordinators from others."""
+"""How PostgreSQL tells the connections of those that use the tables from others."""
+VISITOR: Final = "parley-coordinator-visitor"
+"""What `migrate` and `doctor` are called there: they hold up nobody who changes the tables."""
 RETRY_MS: Final = 2000
 """When to ask again, where the database did not answer."""
 ATTEMPTS: Final = 5
@@ -96,6 +98,8 @@ class Store:
         except BaseException:
             self._engine.dispose()
             raise
+        if not self.sqlite:
+            event.listen(self._engine, "connect", _known)
 
     def _check(self) -> None:
         with translated(), self._writer.begin() as connection:
@@ -201,8 +205,8 @@ def parse(url: str) -> URL:
     return parsed
 
 
-def engine_of(url: URL) -> Engine:
-    """An engine whose transactions begin as the store needs it."""
+def engine_of(url: URL, application: str = APPLICATION) -> Engine:
+    """An engine whose transactions begin as the store needs it, and whose connections have a name that no URL changes."""
     if url.get_backend_name() == "sqlite":
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +218,6 @@ def engine_of(url: URL) -> Engine:
         return engine
     arguments = {
         "connect_timeout": CONNECT_S,
-        "application_name": APPLICATION,
         # A database that vanished without a word is noticed within seconds.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
@@ -223,7 +226,7 @@ def engine_of(url: URL) -> Engine:
     }
     engine = create_engine(
         url,
-        connect_args={**arguments, **url.query},
+        connect_args={**arguments, **url.query, "application_name": application},
         pool_size=CONNECTIONS,
         max_overflow=CONNECTIONS,
         pool_timeout=BUSY_S,
@@ -253,6 +256,16 @@ def _settings(connection: Any, _record: object) -> None:
     connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_S}s'")
     connection.execute("SET synchronous_commit = on")
     connection.commit()
+
+
+def _known(connection: Any, _record: object) -> None:
+    # While all its connections were lost, as in a failover, `migrate` may have seen nobody.
+    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    connection.commit()
+    if found != (REVISION,):
+        connection.close()
+        log.warning("store-away", error="revision", state=found[0] if found else "")
+        raise UnavailableError("the database has other tables than this program knows", retry_after_ms=RETRY_MS)
 
 
 def _lock(connection: Connection) -> None:

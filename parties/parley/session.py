@@ -718,7 +718,7 @@ class Session(Bringing):
             return False
         if joined is None or isinstance(joined.join, KmsJoin):
             return bool(kms)
-        # One that it has replaced, or wanted to when the inputs were closed already, is its own, too.
+        # Until the receipt of a later one, which may have come too late, one that it has replaced is its own, too.
         own = (joined.join, *self._state.replaced_joins(self.id))
         return mine.uploads not in {join.uploads for join in own}
 

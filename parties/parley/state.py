@@ -396,9 +396,11 @@ class State:
             self._write(f"series/{joined.series.hex()}", moved.to_bytes())
 
     def replaced_joins(self, session: bytes) -> list[AnyJoin]:
-        """This member's joins of a session that had other uploads than the one after them."""
-        paths = sorted((self.folder / "joins").glob(f"{session.hex()}-*"))
-        return [read_join(payload_unverified(path.read_bytes())) for path in paths]
+        """This member's joins of a session that had other uploads than the one after them; none that a receipt has ruled out."""
+        return [read_join(payload_unverified(path.read_bytes())) for path in self._replaced(session)]
+
+    def _replaced(self, session: bytes) -> list[Path]:
+        return sorted((self.folder / "joins").glob(f"{session.hex()}-*"))
 
     # Joins by KMS
 
@@ -449,7 +451,7 @@ class State:
     # Receipts
 
     def end_join(self, session: bytes, receipt_cose: bytes) -> None:
-        """Keeps the verified receipt of the last join."""
+        """Keeps the verified receipt of the last join; the joins that it replaced go: none of them comes back (adm-7)."""
         with self._transaction():
             joined = self.joined(session)
             assert joined is not None
@@ -457,6 +459,8 @@ class State:
             if receipt.join != joined.join.digest:
                 raise StateError("the receipt is for an earlier join", code="conflict")
             self._write(f"receipts/{session.hex()}-{receipt.digest.hex()[:16]}", receipt_cose)
+            for path in self._replaced(session):
+                remove_file(path)
             self._write(f"sessions/{session.hex()}", replace(joined, receipt_cose=receipt_cose).to_bytes())
             self._reached("receipt")
 

@@ -54,7 +54,7 @@ def upgrade(connection: Connection, to: str = REVISION) -> None:
 def migrate(url: str) -> tuple[str | None, str]:
     """Brings the database at a URL up to date; (revision before, revision now). ConfigError where coordinators that know the
     tables as they are use them, UnavailableError where the database is away."""
-    engine = db.engine_of(db.parse(url))
+    engine = db.engine_of(db.parse(url), db.VISITOR)
     try:
         with db.translated(), engine.execution_options(parley_write=True).begin() as connection:
             found = db.revision(connection)

@@ -14,7 +14,7 @@ from parley_protocol.agreement.model import Consent
 from parley_protocol.bundle import BundledOutput
 from parley_protocol.chain import ChainState
 from parley_protocol.claims import needs_countersignatures
-from parley_protocol.errors import RefusedError, StateError, VerificationError
+from parley_protocol.errors import RefusedError, StateError, UnavailableError, VerificationError
 from parley_protocol.transcript import (
     GENESIS,
     NO_ROSTER_KEY,
@@ -657,6 +657,36 @@ def test_with_standing_consent_a_table_that_came_too_late_is_not_missed(
     assert late.value.code == "phase"
     _bundle(desk, opened)
     assert session.release().sequence == 1
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_with_standing_consent_a_release_of_a_replaced_join_is_refused_where_a_receipt_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """Without a receipt the enclave may not have had the later join; with one the former is gone, for later joins too."""
+    desk = Desk(tmp_path, consent=Consent.STANDING)
+    desk.sign()
+    opened = desk.wire.open()
+    both_join(desk, opened)
+    former = opened.joins["ada"]
+    session = session_of(desk, "ada", opened)
+
+    def lost(_session: bytes, _cose: bytes) -> pb.JoinReply:
+        raise UnavailableError("no answer")
+
+    if answered:
+        session.submit({"visits": frame_of(7)})
+    monkeypatch.setattr(desk.wire, "put_join", lost)
+    with pytest.raises(UnavailableError):
+        session.submit({"visits": frame_of(8)})
+    opened.joins["ada"] = former
+    opened.issue()
+    _bundle(desk, opened)
+    if answered:
+        with pytest.raises(StateError, match="other uploads of yours than you joined"):
+            session.release()
+    else:
+        assert session.release().sequence == 1
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -23,9 +23,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from sqlalchemy import Connection, text
 
 from parley_coordinator import config as configuration
-from parley_coordinator import doctor, doctor_host, doctor_system, migrations, tls
+from parley_coordinator import doctor, doctor_host, doctor_store, doctor_system, migrations, tls
+from parley_coordinator import store as db
 from parley_coordinator.__main__ import main
 from parley_coordinator.config import Config
 from parley_coordinator.doctor_system import Check, System, Verdict
@@ -474,6 +476,24 @@ def test_a_postgresql(parent: Parent) -> None:
         assert (found.verdict, f"tables of revision {REVISION}" in found.found) == (OK, True)
         own.execute("UPDATE alembic_version SET version_num = '9999'", config.database.split("/")[3].split("?")[0])
         assert examined(parent, "database", config).do == "update this program"
+
+
+def test_who_looks_at_a_postgresql_is_no_coordinator(
+    parent: Parent, cluster: postgres.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that `migrate` goes on beside it."""
+    config, revision = replace(parent.config, database=cluster.migrated()), db.revision
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = '{}'"
+    seen: list[int] = []
+
+    def look(connection: Connection) -> str | None:
+        seen.append(connection.execute(text(query.format(db.APPLICATION))).scalar_one())
+        return revision(connection)
+
+    monkeypatch.setattr(db, "revision", look)
+    assert "answers" in examined(parent, "database", config).found
+    assert seen == [0]
+    assert doctor_store.rows(config, query.format(db.APPLICATION)) == [(0,)]
 
 
 def test_a_postgresql_that_forgets(parent: Parent, cluster: postgres.Cluster) -> None:

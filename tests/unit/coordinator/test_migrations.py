@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import Connection, inspect, text
 
 from parley_coordinator import migrations
 from parley_coordinator import store as db
@@ -17,6 +18,8 @@ from parley_coordinator.__main__ import main
 from parley_coordinator.config import ConfigError
 from parley_coordinator.models import REVISION, Base, Operator, SchemaVersion, SessionRow, UploadRow
 from parley_coordinator.store import Store
+from parley_protocol.errors import UnavailableError
+from support.enclave import until
 from support.postgres import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -186,6 +189,16 @@ def test_postgresql_is_migrated_by_its_operator_alone(
         Store(url)
 
 
+def outdated(cluster: Cluster) -> str:
+    """A database with the tables of the step before the last."""
+    url = cluster.database()
+    engine = db.engine_of(db.parse(url))
+    with engine.begin() as connection:
+        migrations.upgrade(connection, migrations.steps()[-2])
+    engine.dispose()
+    return url
+
+
 def test_tables_in_use_are_not_changed(cluster: Cluster) -> None:
     """A coordinator of the version before runs: it is connected, since it listens for events."""
     url = cluster.migrated()
@@ -197,12 +210,56 @@ def test_tables_in_use_are_not_changed(cluster: Cluster) -> None:
     with pytest.raises(ConfigError, match="connections of coordinators use them: stop all of these first"):
         migrations.migrate(url)
     store.close()
-    url = cluster.database()
-    engine = db.engine_of(db.parse(url))
-    with engine.begin() as connection:
-        migrations.upgrade(connection, before)
-    engine.dispose()
-    assert migrations.migrate(url) == (before, REVISION)
+    assert migrations.migrate(outdated(cluster)) == (before, REVISION)
+
+
+def test_two_that_migrate_wait_for_one_another(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the lock while the first looks who uses the tables."""
+    url, check = outdated(cluster), migrations._check_alone
+    waiting = "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = pg_locks.database"
+    waiting += f" WHERE locktype = 'advisory' AND NOT granted AND datname = '{db.parse(url).database}'"
+    before = migrations.steps()[-2]
+    with ThreadPoolExecutor(1) as pool:
+        second: list[Future[tuple[str | None, str]]] = []
+
+        def look(connection: Connection) -> None:
+            monkeypatch.undo()
+            second.append(pool.submit(migrations.migrate, url))
+            until(lambda: cluster.execute(waiting) == [(1,)])
+            check(connection)
+
+        monkeypatch.setattr(migrations, "_check_alone", look)
+        assert migrations.migrate(url) == (before, REVISION)
+        assert second[0].result() == (REVISION, REVISION)
+
+
+def test_no_url_hides_a_coordinator(cluster: Cluster) -> None:
+    """Whatever name the URL gives to connections."""
+    url = cluster.migrated()
+    store = Store(f"{url}&application_name=prod")
+    alter(url, f"UPDATE alembic_version SET version_num = '{migrations.steps()[-2]}'")
+    with pytest.raises(ConfigError, match="connections of coordinators use them: stop all of these first"):
+        migrations.migrate(url)
+    store.close()
+
+
+def test_who_was_cut_off_while_tables_were_changed_does_not_go_on(cluster: Cluster) -> None:
+    """A coordinator counts for nothing between its connections; what it finds when it is back it need not know."""
+    url = cluster.migrated()
+    store = Store(url)
+    store.on_event(lambda: None)
+    here = f"FROM pg_stat_activity WHERE datname = '{db.parse(url).database}'"
+    alter(url, "UPDATE alembic_version SET version_num = '9999'")
+    ended = {pid for pid, _ in cluster.execute(f"SELECT pid, pg_terminate_backend(pid) {here}")}
+    until(lambda: not ended & {pid for (pid,) in cluster.execute(f"SELECT pid {here}")})
+    for transaction in (store.read, store.write):
+        with pytest.raises(UnavailableError, match="other tables than this program knows"), transaction() as session:
+            session.query(Operator).all()
+    until(lambda: cluster.execute(f"SELECT count(*) {here}") == [(0,)])
+    alter(url, f"UPDATE alembic_version SET version_num = '{REVISION}'")
+    with store.write() as session:
+        session.add(Operator(key=b"k", label="", added_ms=0))
+    store.close()
 
 
 def test_a_database_that_is_away_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
