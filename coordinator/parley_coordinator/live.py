@@ -971,11 +971,13 @@ def begin(world: World, lease: Lease, agreement: AgreementRow, handle: EnclaveHa
     document = channel.ask(attest, deadline).attested.document
     with world.leases.fenced(lease) as session:
         row = session.get_one(SessionRow, number)
-        require(row, "launching")
-        row.session, row.offer, row.document, row.enclave = offer.session, offer_bytes, document, handle.id
-        row.phase = "open"
-        row.deadline_ms = offer.made_at + parsed(agreement.canonical).session.deadline_ms
-        db.happened(session, "opened", row.agreement, world.clock(), of=offer.session)
+        # It is open already where the database's answer to an earlier attempt was lost.
+        if (row.phase, row.offer, row.enclave) != ("open", offer_bytes, handle.id):
+            require(row, "launching")
+            row.session, row.offer, row.document, row.enclave = offer.session, offer_bytes, document, handle.id
+            row.phase = "open"
+            row.deadline_ms = offer.made_at + parsed(agreement.canonical).session.deadline_ms
+            db.happened(session, "opened", row.agreement, world.clock(), of=offer.session)
     log.info("opened", session=log.short(offer.session), enclave=handle.id)
     return serves
 

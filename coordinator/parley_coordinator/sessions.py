@@ -20,6 +20,7 @@ from parley_coordinator import live, log, telemetry
 from parley_coordinator import store as db
 from parley_coordinator.agreements import parsed
 from parley_coordinator.images import Wanted
+from parley_coordinator.launcher import RETRY_MS as FULL_MS
 from parley_coordinator.launcher import EnclaveHandle
 from parley_coordinator.leases import RETRY_MS, ElsewhereError, FencedError, Lease
 from parley_coordinator.live import Live, World
@@ -85,6 +86,11 @@ class Sessions:
         self._live: dict[int, Live] = {}
         # Leases of the sessions that are served here, those that are being launched included.
         self._held: dict[int, Lease] = {}
+        # Those that are offered to other coordinators: not taken back before that ends.
+        self._offering: set[int] = set()
+        # Until when no launch is tried for others, since the launcher found no place while these sessions ran here.
+        self._full_until = 0.0
+        self._full_with: set[int] = set()
         self._series: dict[bytes, threading.Lock] = {}
         self._judged: Counter[bytes] = Counter()
         self._stopping = threading.Event()
@@ -120,13 +126,25 @@ class Sessions:
             agreement, _ = db.agreement_for(session, digest, key)
             if not db.is_operator(session, key):
                 raise RefusedError("stranger", "the operator does not list this key as one that may open sessions")
+            before = session.get(OpenRequest, (key, request))
         with self._opening(agreement.series):
+            if before is not None:
+                self._require_place(before.number)
             number = self._find_or_add(key, request, agreement)
             with self._world.store.read() as session:
                 phase = session.get_one(SessionRow, number).phase
             if phase == "launching":
                 self._launch(self._to_launch(number), agreement)
         return self._view(number)
+
+    def _require_place(self, number: int) -> None:
+        """UnavailableError `no-capacity` where a session for which a caller has waited was given up for that."""
+        with self._world.store.read() as session:
+            row = session.get_one(SessionRow, number)
+        if (row.phase, row.code) == ("lost", "no-capacity"):
+            raise UnavailableError(
+                "no coordinator has a place for an enclave", code="no-capacity", retry_after_ms=FULL_MS
+            )
 
     def _find_or_add(self, key: bytes, request: bytes, agreement: AgreementRow) -> int:
         self._end_earlier(key, request, agreement)
@@ -190,7 +208,7 @@ class Sessions:
             return
         if row.phase not in ("launching", "open"):
             raise RefusedError("busy", "a session of an earlier version must end first")
-        lease = self._holding(row.number)
+        lease = self._to_launch(row.number) if row.phase == "launching" else self._holding(row.number)
         with self._lock:
             attached = self._live.get(row.number)
         if attached is not None:
@@ -252,17 +270,32 @@ class Sessions:
         """Lets another coordinator of this store launch, one that has a place for an enclave: ElsewhereError where one does.
         Otherwise the session's lease, which is this coordinator's again; FencedError where it is not."""
         number = lease.number
-        self._let_go(number)
-        self._world.leases.give_up([lease])
-        end = time.monotonic() + OFFERED_S + 2 * self._world.leases.renew_s
-        while time.monotonic() < end and not self._stopping.wait(OFFERED_POLL_S):
-            address = self._world.leases.elsewhere(number)
-            if address is not None:
-                raise ElsewhereError(address)
-        again = self._world.leases.take(number, first=False)
-        if again is None:
-            raise FencedError("another coordinator serves this session now; try again", retry_after_ms=RETRY_MS)
+        with self._lock:
+            self._full_until, self._full_with = time.monotonic() + FULL_MS / 1000, set(self._live)
+            self._offering.add(number)
+        try:
+            self._let_go(number)
+            self._world.leases.give_up([lease])
+            end = time.monotonic() + OFFERED_S + 2 * self._world.leases.renew_s
+            while time.monotonic() < end and not self._stopping.wait(OFFERED_POLL_S):
+                address = self._world.leases.elsewhere(number)
+                if address is not None:
+                    raise ElsewhereError(address)
+            again = self._world.leases.take(number, first=False)
+            if again is None:
+                raise FencedError("another coordinator serves this session now; try again", retry_after_ms=RETRY_MS)
+            self._hold(again)
+        finally:
+            with self._lock:
+                self._offering.discard(number)
         return again
+
+    def _room(self) -> bool:
+        """Whether a launch for others would find a place: what the launcher counts is not all that takes memory and CPUs, so
+        once it found none, not for a while, or until a session that ran here has ended."""
+        with self._lock:
+            full = time.monotonic() < self._full_until and self._full_with <= self._live.keys()
+        return not full and self._world.launcher.room()
 
     def _give_up(self, lease: Lease, handle: EnclaveHandle | None, error: ParleyError) -> None:
         self._let_go(lease.number)
@@ -383,7 +416,7 @@ class Sessions:
 
     def _look(self, *, first: bool) -> None:
         with self._lock:
-            held = set(self._held)
+            held = self._held.keys() | self._offering
         numbers = [number for number in self._world.leases.free(first=first) if number not in held]
         if not numbers:
             return
@@ -391,7 +424,7 @@ class Sessions:
         for number in numbers:
             if self._stopping.is_set():
                 return
-            if not first and self._needs_place(number) and not self._world.launcher.room():
+            if not first and self._needs_place(number) and not self._room():
                 continue
             lease = self._world.leases.take(number, first=first)
             if lease is None:

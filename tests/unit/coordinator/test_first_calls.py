@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from sqlalchemy.orm import Session
 
 from parley_coordinator import live
 from parley_coordinator import sessions as module
 from parley_coordinator.config import Deadlines
 from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle
+from parley_coordinator.leases import Lease
 from parley_coordinator.live import World
 from parley_coordinator.models import SessionRow
 from parley_coordinator.sessions import Sessions
@@ -192,6 +194,25 @@ def test_a_launch_gives_up_in_the_end(place: Place) -> None:
     # The request may be repeated as it is.
     place.open(place.sessions())
     assert place.phases() == ["lost", "open"]
+
+
+def test_an_opening_whose_commit_got_no_answer_is_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    fenced = place.desk.leases.fenced
+    lost: list[Lease] = []
+
+    @contextlib.contextmanager
+    def unanswered(lease: Lease) -> Iterator[Session]:
+        with fenced(lease) as session:
+            yield session
+        if not lost:
+            lost.append(lease)
+            raise UnavailableError("the database does not answer")
+
+    monkeypatch.setattr(place.desk.leases, "fenced", unanswered)
+    sessions = place.sessions()
+    identifier = place.open(sessions)
+    assert lost and place.phases() == ["open"] and place.launcher.launched == 1
+    assert sessions.attest(key("bob"), identifier, b"n" * 32)
 
 
 def test_an_enclave_that_has_ended_is_not_asked_again(place: Place) -> None:
