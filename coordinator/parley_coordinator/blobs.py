@@ -30,7 +30,8 @@ class BlobWriter(Protocol):
 
     @property
     def state(self) -> str:
-        """What `writer` needs to go on after the bytes of the last `sync`; to be stored together with their number."""
+        """What `writer` needs to go on after the bytes of the last `sync`; to be stored together with their number. Where that
+        of a new writer is not what was reserved, it is to be stored before anything is written."""
 
     def write(self, data: bytes) -> None:
         """Appends; UnavailableError where the store is full or broken."""

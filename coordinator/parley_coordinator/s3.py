@@ -115,7 +115,7 @@ class Bucket:
     def reserve(self, state: str) -> str:
         progress = Progress.load(state)
         # A writer that finds no multipart upload begins one of its own.
-        return replace(progress, floor=progress.floor + GAP).dump() if progress.upload else state
+        return (replace(progress, floor=progress.floor + GAP) if progress.upload else progress).dump()
 
     def writer(self, name: str, stored: int, size: int = 0, state: str = "") -> BlobWriter:
         key = self._key(name)
@@ -329,9 +329,14 @@ class _Writer:
         self._limit = self._told = progress.floor + GAP if progress.upload else PARTS + 1
         self._noted = bool(progress.upload)
         self._finished = False
-        self._progress = progress
+        self._progress = replace(progress, floor=self._limit) if progress.upload else progress
         if self._upload:
             self._find_parts(progress)
+        elif progress.runs:
+            # It was whole without a multipart upload, and nothing here could put it there again.
+            if bucket.size_of(key) != size:
+                raise OSError(f"{key}: what was stored of it is gone")
+            self._finished = True
         if progress.tail and not self._finished:
             self._find_tail(progress)
         if self._upload and not self._finished and self._runs_out:
@@ -357,10 +362,10 @@ class _Writer:
         if _code(error) not in _MISSING:
             raise error
         size = self._bucket.size_of(self._key)
-        if size == parts:
-            self._go_on_after(size)
-        elif size == self._size:
+        if size == self._size:
             self._finished = True
+        elif size == parts:
+            self._go_on_after(size)
         else:
             raise OSError(f"{self._key}: what was stored of it is gone") from error
 
@@ -384,8 +389,9 @@ class _Writer:
         ]
         self._runs = [[1, len(self._named), size]] if size else []
         self._next = len(self._named) + 1
-        self._limit = self._told = PARTS + 1
-        self._noted = False
+        self._limit = self._told = self._next + GAP
+        runs = ((1, len(self._named), size),) if size else ()
+        self._progress = replace(self._progress, upload=self._upload, runs=runs, floor=self._told)
 
     def _find_tail(self, progress: Progress) -> None:
         try:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -33,6 +34,7 @@ from parley_coordinator.guard import CURRENT, Guard
 from parley_coordinator.inbox import Inbox
 from parley_coordinator.kms_joins import KmsJoins
 from parley_coordinator.leases import ElsewhereError
+from parley_coordinator.models import UploadRow
 from parley_coordinator.peers import PASSED_ON, PeerError, Peers
 from parley_coordinator.releases import Releases
 from parley_coordinator.sessions import Sessions, SessionView
@@ -45,6 +47,7 @@ from parley_protocol.v1.coordinator_pb2_grpc import CoordinatorServicer
 
 _T = TypeVar("_T")
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Opened = tuple[AbstractContextManager[Writing], Writing]
 
 WATCH_S = 30.0
 """A stream looks for events at least so often, also when no bell rang: other processes write to the store too."""
@@ -253,11 +256,18 @@ class Service(CoordinatorServicer):
             row = await self._in(self._quick, self._parts.uploads.begin, key, first.begin.cose)
             if row.complete_ms is not None:
                 return _upload(UploadView(row.stored, row.size, complete=True))
-            manager = self._parts.uploads.writing(row)
-            writing = await self._in(self._long, manager.__enter__)
+            opening = asyncio.ensure_future(self._in(self._long, self._open, row))
+            try:
+                manager, writing = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                # The client is gone, and no thread can be told: what it opens is closed in order.
+                leaving = asyncio.ensure_future(self._leave(opening))
+                leaving.add_done_callback(_told)
+                raise
             before = writing.position
             try:
-                await self._receive(request_iterator, writing)
+                if before < writing.size:
+                    await self._receive(request_iterator, writing)
             finally:
                 # Also when the client is gone: what has arrived is stored, and need not be sent again.
                 finishing = asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
@@ -329,8 +339,15 @@ class Service(CoordinatorServicer):
                 async with asyncio.timeout(PATIENCE_S):
                     return await waiting.get()
 
+    def _open(self, row: UploadRow) -> _Opened:
+        manager = self._parts.uploads.writing(row)
+        return manager, manager.__enter__()
+
+    async def _leave(self, opening: asyncio.Future[_Opened]) -> UploadView:
+        return await self._in(self._disk, self._finish, *await opening)
+
     @staticmethod
-    def _finish(manager: Any, writing: Writing) -> UploadView:
+    def _finish(manager: AbstractContextManager[Writing], writing: Writing) -> UploadView:
         try:
             return writing.sync()
         finally:

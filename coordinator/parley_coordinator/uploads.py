@@ -59,6 +59,23 @@ class _Turn:
     ended: threading.Event
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The writer of a complete upload: its blob is not touched again, and all of it is skipped."""
+
+    position: int
+    state: str
+
+    def write(self, data: bytes) -> None:
+        assert not data
+
+    def sync(self, *, whole: bool = True) -> int:  # noqa: ARG002
+        return self.position
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 class Writing:
     """One upload that is being written. `write` and `sync` may run in two threads; all else in one at a time."""
 
@@ -207,10 +224,16 @@ class Uploads:
                 if found is None:
                     raise RefusedError("unknown-upload", "the upload has been deleted")
                 state = found.state
-                found.writer += 1
-                found.state = self._reserve(found)
-            current = Writing(self._store, self._clock, found, self._open(found, state), turn.superseded)
+                if found.complete_ms is None:
+                    found.writer += 1
+                    found.state = self._reserve(found)
+            # The stream before may have sent the last byte meanwhile.
+            writer = self._open(found, state) if found.complete_ms is None else _Whole(found.size, state)
+            current = Writing(self._store, self._clock, found, writer, turn.superseded)
             try:
+                if writer.state != found.state:
+                    # Whoever comes next need not do again what was done to open the blob.
+                    self._note(found, writer.state)
                 yield current
             finally:
                 current.close()
@@ -246,11 +269,15 @@ class Uploads:
             raise _damaged(row, error) from error
         except UnavailableError:
             # Nothing was written, and it will be tried again: each try would use up what it reserved.
-            with self._store.write() as session:
-                found = session.get(UploadRow, row.number)
-                if found is not None and found.writer == row.writer:
-                    found.state = state
+            self._note(row, state)
             raise
+
+    def _note(self, row: UploadRow, state: str) -> None:
+        """Stores a state, unless another stream has come meanwhile."""
+        with self._store.write() as session:
+            found = session.get(UploadRow, row.number)
+            if found is not None and found.writer == row.writer:
+                found.state = state
 
 
 def _damaged(row: UploadRow, error: OSError) -> RefusedError:

@@ -135,6 +135,29 @@ def test_killed_between_the_last_byte_and_its_note(bucket: Bucket) -> None:
         bucket.delete(NAME, again.state)
 
 
+@pytest.mark.parametrize("size", [1, 5 * MIB, 8 * MIB, 20 * MIB])
+def test_a_whole_blob_is_not_written_again(bucket: Bucket, config: S3, size: int) -> None:
+    """Whoever reads it goes on."""
+    data = os.urandom(size)
+    writer = bucket.writer(NAME, 0, size)
+    writer.write(data)
+    assert writer.sync() == size
+    state = writer.state
+    reader = bucket.reader(NAME)
+    requests = Requests(bucket)
+    again = bucket.writer(NAME, size, size, bucket.reserve(state))
+    assert again.position == again.sync() == size
+    assert set(requests.names()) <= {"HeadObject", "ListParts"}
+    assert reader.read(0, size) == data
+    assert bucket.writer(NAME, size, size, again.state).position == size
+    bucket.client.delete_object(Bucket=config.bucket, Key=config.prefix + NAME)
+    with pytest.raises(OSError, match="no such thing"):
+        bucket.writer(NAME, size, size, state)
+    bucket.put_object(config.prefix + NAME, b"another")
+    with pytest.raises(OSError, match="gone"):
+        bucket.writer(NAME, size, size, state)
+
+
 def test_a_stopped_writer_that_goes_on_spoils_nothing(bucket: Bucket) -> None:
     """Its parts have numbers of their own."""
     size = 40 * MIB
@@ -257,6 +280,31 @@ def test_killed_while_an_upload_goes_on_as_another_one(small: S3, operation: str
     assert last.sync() == size
     assert whole(bucket, size) == data
     assert objects(bucket, small) == [NAME]
+    bucket.close()
+
+
+def test_copies_serve_whoever_comes_next(small: S3) -> None:
+    """A writer that was killed before its first sync has told of its copies, and one that wakes up spoils nothing."""
+    bucket = Bucket(small)
+    size = 14 * PART
+    data = os.urandom(size)
+    first = bucket.writer(NAME, 0, size)
+    first.write(data[: 8 * PART + 5])
+    stored, state = first.sync(), first.state
+    state = replace(s3.Progress.load(state), floor=s3.PARTS - s3.GAP).dump()
+    late = bucket.writer(NAME, stored, size, state)
+    noted = late.state
+    requests = Requests(bucket)
+    again = bucket.writer(NAME, stored, size, noted)
+    assert again.position == stored
+    late.write(os.urandom(3 * PART))
+    again.write(data[stored : 10 * PART])
+    acknowledged, state = again.sync(), again.state
+    last = bucket.writer(NAME, acknowledged, size, state)
+    last.write(data[acknowledged:])
+    assert last.sync() == size
+    assert not {"UploadPartCopy", "CreateMultipartUpload"} & set(requests.names())
+    assert whole(bucket, size) == data
     bucket.close()
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from parley_coordinator.blobs import BlobWriter, Directory, upload_name
+from parley_coordinator import s3
+from parley_coordinator.blobs import BlobStore, BlobWriter, Directory, upload_name
 from parley_coordinator.config import Quotas
+from parley_coordinator.guard import CURRENT, Call, Guard
 from parley_coordinator.models import EventRow, UploadRow
+from parley_coordinator.service import Service
 from parley_coordinator.uploads import UploadView
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
 from parley_protocol.errors import MalformedError, ParleyError, RefusedError
 from parley_protocol.transcript import Upload
+from parley_protocol.v1 import coordinator_pb2 as pb
+from support import s3 as bucket
 from support.desk import MEMBERS, STRANGER, Desk, key, make_agreement
 from support.enclave import Sealed
 
@@ -126,11 +135,13 @@ class Stuck(Directory):
         super().__init__(folder)
         self._call = call
         self.name = ""
+        self.calls: list[str] = []
         self.hangs = threading.Event()
         self.free = threading.Event()
 
     def hang(self, call: str, name: str) -> None:
         """Hangs where it is to."""
+        self.calls.append(call)
         if (call, name) == (self._call, self.name):
             self.hangs.set()
             assert self.free.wait(60)
@@ -212,6 +223,145 @@ def test_crd_9_a_stream_whose_blob_is_being_opened_is_taken_over_from(tmp_path: 
             first.result(10)
     assert desk.upload(sealed, "bob").complete
     desk.store.close()
+
+
+def upload_of(service: Service, *requests: pb.UploadRequest) -> asyncio.Task[pb.UploadState]:
+    """A call of bob's whose client sends no more, and does not say so."""
+
+    async def arriving() -> AsyncIterator[pb.UploadRequest]:
+        for request in requests:
+            yield request
+        await asyncio.Event().wait()
+
+    context: Any = None
+    CURRENT.set(Call("Upload", key("bob")))
+    return asyncio.ensure_future(service.Upload(arriving(), context))
+
+
+def service_of(desk: Desk, pool: ThreadPoolExecutor) -> Service:
+    parts: Any = SimpleNamespace(uploads=desk.uploads)
+    bell: Any = None
+    guard = Guard("parley.v1.Coordinator", request_s=30, calls_per_member=9)
+    return Service(parts, bell, guard, idle_s=30, quick=pool, disk=pool, long=pool, joins=pool, watching=pool)
+
+
+async def came(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, 30)
+
+
+def test_crd_9_a_stream_that_waited_for_the_last_byte_is_answered_at_once(tmp_path: Path, database: str) -> None:
+    blobs = Stuck(tmp_path / "blobs", "synced")
+    desk = Desk(tmp_path, database=database, blobs=blobs)
+    desk.uploads._handover_s = 30
+    agreement = make_agreement()
+    desk.sign(agreement)
+    sealed = desk.sealed(agreement, "bob")
+    number = desk.uploads.begin(key("bob"), sealed.cose).number
+    blobs.name = upload_name(number)
+
+    async def run(pool: ThreadPoolExecutor) -> pb.UploadState:
+        first = pool.submit(desk.upload, sealed, "bob")
+        await came(blobs.hangs)
+        before = desk.uploads._turns[number]
+        second = upload_of(service_of(desk, pool), pb.UploadRequest(begin=pb.UploadBegin(cose=sealed.cose)))
+        await came(before.superseded)
+        blobs.free.set()
+        async with asyncio.timeout(20):
+            state = await second
+        assert first.result(10).complete
+        return state
+
+    with ThreadPoolExecutor(4) as pool:
+        state = asyncio.run(run(pool))
+    assert (state.stored, state.size, state.complete) == (len(sealed.blob), len(sealed.blob), True)
+    assert blobs.calls.count("opened") == 1
+    assert stored(desk, sealed) == sealed.blob
+    desk.store.close()
+
+
+def test_crd_9_a_stream_whose_client_goes_while_its_blob_is_opened_ends_in_order(tmp_path: Path, database: str) -> None:
+    blobs = Stuck(tmp_path / "blobs", "opened")
+    desk = Desk(tmp_path, database=database, blobs=blobs)
+    agreement = make_agreement()
+    desk.sign(agreement)
+    sealed = desk.sealed(agreement, "bob")
+    number = desk.uploads.begin(key("bob"), sealed.cose).number
+    blobs.name = upload_name(number)
+
+    async def run(pool: ThreadPoolExecutor) -> None:
+        call = upload_of(service_of(desk, pool), pb.UploadRequest(begin=pb.UploadBegin(cose=sealed.cose)))
+        await came(blobs.hangs)
+        turn = desk.uploads._turns[number]
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        blobs.free.set()
+        await came(turn.ended)
+
+    with ThreadPoolExecutor(4) as pool:
+        asyncio.run(run(pool))
+    assert blobs.calls == ["opened", "synced"]
+    assert desk.upload(sealed, "bob").complete
+    desk.store.close()
+
+
+@pytest.fixture(scope="module")
+def bucket_url() -> Iterator[str]:
+    with bucket.server() as url:
+        yield url
+
+
+@pytest.mark.parametrize("kind", ["directory", "s3"])
+def test_crd_9_a_complete_upload_is_not_written_again(
+    tmp_path: Path, database: str, bucket_url: str, kind: str
+) -> None:
+    made: BlobStore = Directory(tmp_path / "blobs") if kind == "directory" else s3.Bucket(bucket.bucket(bucket_url))
+    desk = Desk(tmp_path, database=database, blobs=made)
+    agreement = make_agreement()
+    desk.sign(agreement)
+    sealed = desk.sealed(agreement, "bob")
+    seen_before = desk.uploads.begin(key("bob"), sealed.cose)
+    whole = UploadView(len(sealed.blob), len(sealed.blob), complete=True)
+    assert desk.upload(sealed, "bob") == whole
+    with desk.uploads.writing(seen_before) as late:
+        assert late.position == late.size
+        late.write(0, sealed.blob[:1000])
+        assert late.sync() == whole
+    assert stored(desk, sealed) == sealed.blob
+    desk.store.close()
+    made.close()
+
+
+def test_crd_9_copies_are_noted_before_anything_is_sent_after_them(
+    tmp_path: Path, database: str, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = 64 << 10
+    monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", part)
+    monkeypatch.setattr(s3, "LEAST_PART", part)
+    made = s3.Bucket(replace(bucket.bucket(bucket_url), part_bytes=part))
+    desk = Desk(tmp_path, database=database, blobs=made)
+    agreement = make_agreement()
+    desk.sign(agreement)
+    sealed = desk.sealed(agreement, "bob", 20_000)
+    half = len(sealed.blob) // 2
+    assert not desk.upload(sealed, "bob", 0, half).complete
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    former = s3.Progress.load(row.state)
+    with desk.store.write() as session:
+        session.get_one(UploadRow, row.number).state = replace(former, floor=s3.PARTS).dump()
+    copies: list[str] = []
+    made.client.meta.events.register("before-parameter-build.s3.UploadPartCopy", lambda **_: copies.append("copy"))
+    with desk.uploads.writing(row):
+        # It is killed: nothing is told.
+        assert copies
+    copies.clear()
+    noted = s3.Progress.load(desk.uploads.begin(key("bob"), sealed.cose).state)
+    assert noted.upload not in ("", former.upload)
+    assert desk.upload(sealed, "bob", half).complete
+    assert copies == []
+    assert stored(desk, sealed) == sealed.blob
+    desk.store.close()
+    made.close()
 
 
 def test_crd_7_the_same_statement_is_the_same_upload(desk: Desk, sealed: Sealed) -> None:

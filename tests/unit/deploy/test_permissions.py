@@ -19,7 +19,7 @@ import pytest
 from parley_coordinator import doctor_store
 from parley_coordinator.blobs import upload_name
 from parley_coordinator.config import S3
-from parley_coordinator.s3 import LEAST_PART, Bucket
+from parley_coordinator.s3 import LEAST_PART, PARTS, Bucket, Progress
 from support import s3 as support
 from support import terraform
 
@@ -38,6 +38,7 @@ ACTIONS: Mapping[str, str] = {
     "ListParts": "s3:ListMultipartUploadParts",
     "PutObject": "s3:PutObject",
     "UploadPart": "s3:PutObject",
+    "UploadPartCopy": "s3:PutObject",
     "Decrypt": "kms:Decrypt",
     "AssumeRole": "sts:AssumeRole",
 }
@@ -90,7 +91,8 @@ def life_of_blobs(config: S3) -> set[str]:
     writer = first.writer(name, 0, size)
     writer.write(b"x" * (LEAST_PART + 3))
     stored = writer.sync()
-    resumed = first.writer(name, stored, size, first.reserve(writer.state))
+    copied = first.writer(name, stored, size, replace(Progress.load(writer.state), floor=PARTS).dump())
+    resumed = first.writer(name, stored, size, copied.state)
     resumed.write(b"x" * (size - stored))
     assert resumed.sync() == size
     assert bucket.reader(name).read(0, size) == b"x" * size
