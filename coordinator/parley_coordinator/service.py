@@ -270,7 +270,7 @@ class Service(CoordinatorServicer):
                     await self._receive(request_iterator, writing)
             finally:
                 # Also when the client is gone: what has arrived is stored, and need not be sent again.
-                finishing = asyncio.ensure_future(self._in(self._disk, self._finish, manager, writing))
+                finishing = self._once(self._disk, self._finish, manager, writing)
                 finishing.add_done_callback(_told)
                 state = await asyncio.shield(finishing)
             CURRENT.get().size = state.stored - before
@@ -344,7 +344,7 @@ class Service(CoordinatorServicer):
         return manager, manager.__enter__()
 
     async def _leave(self, opening: asyncio.Future[_Opened]) -> UploadView:
-        return await self._in(self._disk, self._finish, *await opening)
+        return await self._once(self._disk, self._finish, *await opening)
 
     @staticmethod
     def _finish(manager: AbstractContextManager[Writing], writing: Writing) -> UploadView:
@@ -538,8 +538,11 @@ class Service(CoordinatorServicer):
 
     async def _in(self, pool: Executor, work: Callable[..., _T], *arguments: object) -> _T:
         # All work may be done again that a conflict of transactions undid: every call may be repeated as it is.
-        run = contextvars.copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(pool, run, db.retried, work, *arguments)
+        return await self._once(pool, db.retried, work, *arguments)
+
+    @staticmethod
+    def _once(pool: Executor, work: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
+        return asyncio.get_running_loop().run_in_executor(pool, contextvars.copy_context().run, work, *arguments)
 
 
 async def _read(requests: AsyncIterator[pb.UploadRequest], waiting: asyncio.Queue[pb.UploadRequest | None]) -> None:

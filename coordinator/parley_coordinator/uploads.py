@@ -122,7 +122,9 @@ class Writing:
 
         RefusedError "busy" where a stream at another coordinator has taken over.
         """
-        synced = self._writer.sync(whole=whole)
+        return db.retried(self._note, self._writer.sync(whole=whole))
+
+    def _note(self, synced: int) -> UploadView:
         with self._store.write() as session:
             row = session.get(UploadRow, self._number)
             if row is None:

@@ -7,12 +7,14 @@ import random
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from parley_coordinator import s3
 from parley_coordinator.blobs import BlobStore, BlobWriter, Directory, upload_name
@@ -20,6 +22,7 @@ from parley_coordinator.config import Quotas
 from parley_coordinator.guard import CURRENT, Call, Guard
 from parley_coordinator.models import EventRow, UploadRow
 from parley_coordinator.service import Service
+from parley_coordinator.store import ConflictError
 from parley_coordinator.uploads import UploadView
 from parley_protocol import limits
 from parley_protocol.agreement.model import Agreement
@@ -98,6 +101,28 @@ def test_crd_9_a_gap_too_much_and_too_large(desk: Desk, sealed: Sealed) -> None:
                 writing.write(offset, data)
             assert caught.value.code == code
         assert writing.position == 0
+
+
+def test_crd_9_a_conflict_of_transactions_undoes_only_the_note(
+    desk: Desk, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = desk.uploads.begin(key("bob"), sealed.cose)
+    write, conflicts = desk.store.write, iter((True, True, False))
+
+    @contextmanager
+    def often_undone() -> Iterator[Session]:
+        with write() as session:
+            yield session
+            if next(conflicts):
+                raise ConflictError("another transaction was faster")
+
+    with desk.uploads.writing(row) as writing:
+        writing.write(0, sealed.blob)
+        with monkeypatch.context() as patched:
+            patched.setattr(desk.store, "write", often_undone)
+            assert writing.sync().complete
+        assert next(conflicts, None) is None
+    assert stored(desk, sealed) == sealed.blob
 
 
 def test_crd_9_a_later_stream_takes_over(desk: Desk, sealed: Sealed) -> None:
