@@ -142,6 +142,8 @@ class Sessions:
         with self._world.store.read() as session:
             row = session.get_one(SessionRow, number)
         if (row.phase, row.code) == ("lost", "no-capacity"):
+            # Whoever gave it up may have been killed before this.
+            self._forget_request(number)
             raise UnavailableError(
                 "no coordinator has a place for an enclave", code="no-capacity", retry_after_ms=FULL_MS
             )

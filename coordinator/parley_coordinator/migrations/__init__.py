@@ -8,7 +8,7 @@ from typing import Final
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 
 from parley_coordinator import log
 from parley_coordinator import store as db
@@ -72,6 +72,9 @@ def _check_alone(connection: Connection) -> None:
     newer than itself."""
     if connection.dialect.name == "sqlite":
         return
+    if "alembic_version" in inspect(connection).get_table_names():
+        # One that was cut off and connects now reads this table first.
+        connection.execute(text("LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE"))
     # A coordinator that runs is connected always, since it listens for events.
     others = connection.execute(
         text(
