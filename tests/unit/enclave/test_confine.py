@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_a_worker_reads_nothing_of_others_starts_nothing_and_leaves_nothing(
     secret.write_bytes(b"secret")
     secret.chmod(0o600)
     for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o055)
     outcome = _probe(python, secret, sibling)
     del outcome["seen"]
     for name, expected in (_UNHARMED | _BY_ANOTHER).items():
