@@ -174,21 +174,23 @@ class _Wire:
         if op == "serve":
             self._serve(host, enclave)
             return
-        while (answer := _frame(enclave)) is not None:
-            self._links.saw(op, answer, True)
-            kind = pb.Answer.FromString(answer[framing.HEADER_BYTES :]).WhichOneof("op")
-            if fault == "lost-response" and kind != "progress":
-                return
-            if rule is not None and fault == "answered" and kind not in ("progress", "failed"):
-                rule.act()
-                if rule.drop:
+        try:
+            while (answer := _frame(enclave)) is not None:
+                self._links.saw(op, answer, True)
+                kind = pb.Answer.FromString(answer[framing.HEADER_BYTES :]).WhichOneof("op")
+                if fault == "lost-response" and kind != "progress":
                     return
-                rule = None
-            host.sendall(answer)
-            if kind != "progress":
-                break
-        if rule is not None and fault == "answered":
-            rule.struck = False  # an error is no answer
+                if rule is not None and fault == "answered" and kind not in ("progress", "failed"):
+                    struck, rule = rule, None
+                    struck.act()
+                    if struck.drop:
+                        return
+                host.sendall(answer)
+                if kind != "progress":
+                    break
+        finally:
+            if rule is not None and fault == "answered":
+                rule.struck = False  # an error is no answer, nor is the end of the enclave
 
     def _serve(self, host: socket.socket, enclave: socket.socket) -> None:
         threading.Thread(target=_pump, args=(host, enclave), daemon=True).start()
