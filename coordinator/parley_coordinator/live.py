@@ -141,7 +141,7 @@ class Live:
 
     def run(self) -> None:
         """Begins to follow the enclave."""
-        self.tick()
+        self._glance()
         self._monitor.start()
 
     def close(self) -> None:
@@ -766,13 +766,16 @@ class Live:
 
     def _watch(self) -> None:
         while not self._over.wait(self._world.deadlines.status_s):
-            try:
-                self.tick()
-            except UnavailableError as error:
-                # The database is away, or another coordinator has the session: then this one is let go of soon.
-                log.warning("monitor-waits", session=log.short(self._session), error=type(error).__name__)
-            except Exception:  # noqa: BLE001  # the monitor must go on: nobody else would notice a lost enclave
-                log.fault("monitor-failed", session=log.short(self._session))
+            self._glance()
+
+    def _glance(self) -> None:
+        try:
+            self.tick()
+        except UnavailableError as error:
+            # The database is away, or another coordinator has the session: then this one is let go of soon.
+            log.warning("monitor-waits", session=log.short(self._session), error=type(error).__name__)
+        except Exception:  # noqa: BLE001  # the monitor must go on: nobody else would notice a lost enclave
+            log.fault("monitor-failed", session=log.short(self._session))
 
     def _ask(
         self, request: enclave_pb2.Ask, deadline_s: float | None = None, progress: Callable[[int], None] | None = None

@@ -19,7 +19,7 @@ from parley_coordinator.config import Deadlines
 from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle
 from parley_coordinator.leases import Lease
-from parley_coordinator.live import World
+from parley_coordinator.live import Live, World
 from parley_coordinator.models import SessionRow
 from parley_coordinator.sessions import Sessions
 from parley_protocol.agreement.model import Agreement
@@ -213,6 +213,27 @@ def test_an_opening_whose_commit_got_no_answer_is_one(place: Place, monkeypatch:
     identifier = place.open(sessions)
     assert lost and place.phases() == ["open"] and place.launcher.launched == 1
     assert sessions.attest(key("bob"), identifier, b"n" * 32)
+
+
+def test_a_session_is_followed_also_where_its_first_look_met_no_database(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    tick = Live.tick
+
+    def away(self: Live) -> None:
+        looks.append(1)
+        if len(looks) == 1:
+            raise UnavailableError("the database does not answer")
+        tick(self)
+
+    monkeypatch.setattr(Live, "tick", away)
+    sessions = place.sessions()
+    place.open(sessions)
+    assert looks and place.phases() == ["open"]
+    place.launcher.link.close()
+    place.launcher.simulation.end()
+    until(lambda: place.phases() == ["lost"])
 
 
 def test_an_enclave_that_has_ended_is_not_asked_again(place: Place) -> None:
