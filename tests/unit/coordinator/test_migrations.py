@@ -262,6 +262,40 @@ def test_who_was_cut_off_while_tables_were_changed_does_not_go_on(cluster: Clust
     store.close()
 
 
+def test_who_connects_while_tables_are_changed_waits_and_finds_them_newer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is counted who comes after the count: so nobody gets in before the change is over."""
+    url, change = outdated(cluster), migrations.upgrade
+    before, here = migrations.steps()[-2], f"datname = '{db.parse(url).database}'"
+    waiting = f"SELECT count(*) FROM pg_stat_activity WHERE {here} AND wait_event_type = 'Lock'"
+    # A program for which these tables are the right ones, and all whose connections were lost.
+    monkeypatch.setattr(db, "REVISION", before)
+    store = Store(url)
+    ended = {
+        pid for pid, _ in cluster.execute(f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {here}")
+    }
+    until(lambda: not ended & {pid for (pid,) in cluster.execute(f"SELECT pid FROM pg_stat_activity WHERE {here}")})
+
+    def read() -> None:
+        with store.read() as session:
+            session.query(Operator).all()
+
+    with ThreadPoolExecutor(1) as pool:
+        reading: list[Future[None]] = []
+
+        def changed(connection: Connection) -> None:
+            reading.append(pool.submit(read))
+            until(lambda: cluster.execute(waiting) == [(1,)])
+            change(connection)
+
+        monkeypatch.setattr(migrations, "upgrade", changed)
+        assert migrations.migrate(url) == (before, REVISION)
+        with pytest.raises(UnavailableError, match="other tables than this program knows"):
+            reading[0].result()
+    store.close()
+
+
 def test_a_database_that_is_away_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "--dir", str(tmp_path)]) == 0
     path = tmp_path / "coordinator.toml"

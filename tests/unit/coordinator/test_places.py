@@ -16,7 +16,7 @@ from parley_coordinator.images import Wanted
 from parley_coordinator.launcher import EnclaveHandle, no_capacity
 from parley_coordinator.leases import ElsewhereError, Leases
 from parley_coordinator.live import World
-from parley_coordinator.models import LeaseRow, SessionRow
+from parley_coordinator.models import LeaseRow, OpenRequest, SessionRow
 from parley_coordinator.node import Identity
 from parley_coordinator.sessions import Sessions, SessionView
 from parley_protocol.agreement.model import Agreement
@@ -161,3 +161,19 @@ def test_crd_10_a_launching_session_that_nobody_serves_gives_way_to_a_newer_vers
         places.sessions("a").open(key("ann"), REQUEST, newer.digest)
     assert places.ends() == [("lost", "agreement"), ("lost", "no-capacity")]
     places.close()
+
+
+def test_crd_10_a_request_of_a_coordinator_that_was_killed_while_it_gave_up_is_free_again(places: Places) -> None:
+    agreement = make_agreement()
+    places.desk.sign(agreement)
+    sessions = places.sessions("a")
+    places.launching(agreement)
+    with places.desk.store.write() as session:
+        row = session.query(SessionRow).one()
+        row.phase, row.code, row.ended_ms = "lost", "no-capacity", NOW
+        session.add(OpenRequest(key=key("ann"), request=REQUEST, number=row.number))
+    for launches in (0, 1):
+        # What was given up is told once; the repetition is tried.
+        with pytest.raises(UnavailableError) as caught:
+            sessions.open(key("ann"), REQUEST, agreement.digest)
+        assert caught.value.code == "no-capacity" and places.launches() == [launches]
