@@ -342,10 +342,7 @@ class _Writer:
         if self._upload and not self._finished and self._runs_out:
             if self._named:
                 self._bucket.finish(self._key, self._upload, self._named)
-            if self._in_parts == size:
-                self._finished = True
-            else:
-                self._go_on_after(self._in_parts)
+            self._go_on_after(self._in_parts)
         self._position = progress.parts_bytes + len(self._buffer) if not self._finished else size
 
     def _find_parts(self, progress: Progress) -> None:

@@ -308,23 +308,6 @@ def test_copies_serve_whoever_comes_next(small: S3) -> None:
     bucket.close()
 
 
-def test_a_whole_upload_that_was_not_put_together_is_not_copied(small: S3) -> None:
-    """Its coordinator was killed before that, and few numbers are left."""
-    bucket = Bucket(small)
-    size = 8 * PART
-    data = os.urandom(size)
-    first = bucket.writer(NAME, 0, size)
-    first.write(data)
-    assert first.sync(whole=False) == size
-    state = replace(s3.Progress.load(first.state), floor=s3.PARTS - s3.GAP).dump()
-    requests = Requests(bucket)
-    again = bucket.writer(NAME, size, size, state)
-    assert again.position == again.sync() == size
-    assert not {"UploadPartCopy", "CreateMultipartUpload"} & set(requests.names())
-    assert whole(bucket, size) == data
-    bucket.close()
-
-
 def test_an_upload_of_which_nothing_is_stored_begins_anew(small: S3) -> None:
     bucket = Bucket(small)
     size = 6 * PART
